@@ -1,0 +1,403 @@
+//! The reading process's half: one thread drains every arena of a capture into counts and requests.
+
+mod counts;
+mod feed;
+mod store;
+mod stream;
+mod wait;
+
+pub use feed::ArenaId;
+pub use store::{MISSING, NO_TOKEN, RequestRows, State, Summary};
+pub use stream::{Block, RecordRange, RowStream};
+pub use wait::Pace;
+
+use crate::batch::{Phase, Span};
+use crate::error::{Error, Result};
+use crate::layout::Facts;
+use crate::reader::{Mode, Record, Step};
+use crate::writer::now_ns;
+use counts::{Counts, History};
+use feed::Feed;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use store::{Key, Store};
+use wait::Waiter;
+
+/// How a collector is made.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where the captures are.
+    pub directory: PathBuf,
+    /// Whether its readers hold the writers back.
+    pub mode: Mode,
+    /// Bytes that the requests' rows may take.
+    pub memory: usize,
+    /// Rows kept for counts over the last N.
+    pub history: usize,
+    /// How soon the thread looks for records.
+    pub pace: Pace,
+}
+
+/// Figures of a collector.
+#[derive(Clone, Debug, Default)]
+pub struct Stats {
+    /// Forwards that gave rows.
+    pub steps: u64,
+    /// Rows read.
+    pub tokens: u64,
+    /// Rows that the writers dropped since we came.
+    pub dropped_tokens: u64,
+    /// Rows that were overwritten before we read them (lossy readers only).
+    pub lost_tokens: u64,
+    /// Rows of no request: counted, not kept.
+    pub unattributed_tokens: u64,
+    /// Rows that came for requests which are no longer held.
+    pub unkept_tokens: u64,
+    /// Positions, of the requests that are held, whose row is not.
+    pub missing_tokens: u64,
+    /// Requests removed for want of memory.
+    pub evicted_requests: u64,
+    /// Records that contradicted themselves.
+    pub corrupt_records: u64,
+    /// What the last of those said.
+    pub corrupt: Option<String>,
+    /// Seconds from the publishing of the newest record read until it was read; of the oldest unread one, if later.
+    pub lag_s: f64,
+    /// Bytes that the requests take.
+    pub memory: u64,
+    /// Arenas, one a rank.
+    pub arenas: u64,
+    /// Whether every publisher has ended, and everything was read.
+    pub ended: bool,
+}
+
+/// A span whose request was looked up.
+struct Resolved {
+    rows: std::ops::Range<usize>,
+    phase: Phase,
+    key: Option<Key>,
+}
+
+struct Inner {
+    facts: Facts,
+    feed: Feed,
+    counts: Counts,
+    history: History,
+    store: Store,
+    /// For each arena, the batch that its last step named, and its spans' requests.
+    batches: Vec<Option<(Arc<[Span]>, Vec<Resolved>)>>,
+    steps: u64,
+    last_step: Vec<Option<u64>>,
+    unattributed: u64,
+    corrupt_records: u64,
+    corrupt: Option<String>,
+    lag_ns: u64,
+}
+
+struct Shared {
+    state: Mutex<Inner>,
+    tokens: AtomicU64,
+    stop: AtomicBool,
+    /// Callers that want the state: the thread lets them in before it goes on.
+    waiting: AtomicUsize,
+}
+
+/// Counts and rows of a running capture.
+pub struct Collector {
+    shared: Arc<Shared>,
+    facts: Facts,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Longest time that the state is held by the thread.
+const DRAIN_SLICE: Duration = Duration::from_millis(1);
+
+impl Collector {
+    /// Attach to the capture of that name and begin to read, from the oldest records that are still there.
+    ///
+    /// # Errors
+    /// [`Error::CaptureNotFound`] and everything that [`crate::open`] refuses.
+    pub fn open(capture: &str, options: Options) -> Result<Self> {
+        if options.history == 0 {
+            return Err(Error::invalid("a history of 0 rows, and the least is 1"));
+        }
+        let feed = Feed::open(options.directory, capture, options.mode)?;
+        let facts = feed.facts().clone();
+        let state = Inner {
+            counts: Counts::new(&facts),
+            history: History::new(&facts, options.history),
+            store: Store::new(options.memory),
+            facts: facts.clone(),
+            feed,
+            batches: Vec::new(),
+            steps: 0,
+            last_step: Vec::new(),
+            unattributed: 0,
+            corrupt_records: 0,
+            corrupt: None,
+            lag_ns: 0,
+        };
+        let shared = Arc::new(Shared {
+            state: Mutex::new(state),
+            tokens: AtomicU64::new(0),
+            stop: AtomicBool::new(false),
+            waiting: AtomicUsize::new(0),
+        });
+        let of_thread = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name("expert-lens-collector".into())
+            .spawn(move || run(&of_thread, options.pace))
+            .map_err(|e| Error::io("start a thread for", std::path::Path::new(capture), e))?;
+        Ok(Self { shared, facts, thread: Some(thread) })
+    }
+
+    /// What the capture says of its model.
+    #[must_use]
+    pub fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    /// Rows read so far; cheap.
+    #[must_use]
+    pub fn tokens(&self) -> u64 {
+        self.shared.tokens.load(Relaxed)
+    }
+
+    /// Read everything that was reserved before this call; false if some of it has not landed within `timeout`.
+    #[must_use]
+    pub fn sync(&self, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
+        let targets: Vec<u64> = self.lock().feed.sources.iter().map(|source| source.reader.head()).collect();
+        loop {
+            let mut state = self.lock();
+            state.drain(&self.shared.tokens, DRAIN_SLICE);
+            if state.feed.sources.iter().zip(&targets).all(|(source, &target)| source.reader.cursor() >= target) {
+                return true;
+            }
+            drop(state);
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    /// Counts u64 [L, E] of all rows, or of the last `last` ones, of one phase or of both.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if `last` is 0 or exceeds the history.
+    pub fn counts(&self, phase: Option<Phase>, last: Option<u64>) -> Result<Vec<u64>> {
+        let mut state = self.lock();
+        let Inner { facts, counts, history, .. } = &mut *state;
+        match last {
+            None => Ok(counts.of(phase)),
+            Some(last) if last > 0 && last <= history.capacity() => Ok(history.counts(facts, phase, last)),
+            Some(last) => Err(Error::invalid(format!(
+                "counts of the last {last} tokens, and this lens keeps the last {}; ask for 1 to that many, or attach with a \
+                 larger history",
+                history.capacity()
+            ))),
+        }
+    }
+
+    /// Every request that is held, in the order of their coming.
+    #[must_use]
+    pub fn requests(&self) -> Vec<Summary> {
+        self.lock().store.summaries()
+    }
+
+    /// The rows of a request; None if it is not held.
+    #[must_use]
+    pub fn rows(&self, request: &str) -> Option<RequestRows> {
+        let state = self.lock();
+        state.store.rows(&state.facts, request)
+    }
+
+    /// Whether the request was held and had to make room.
+    #[must_use]
+    pub fn was_evicted(&self, request: &str) -> bool {
+        self.lock().store.was_evicted(request)
+    }
+
+    /// The arenas that are read, one a rank.
+    #[must_use]
+    pub fn arenas(&self) -> Vec<ArenaId> {
+        self.lock().feed.sources.iter().map(|source| feed::arena_id(&source.reader)).collect()
+    }
+
+    /// The collector's figures.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.lock().stats(self.tokens())
+    }
+
+    /// The lock, ahead of the thread's next slice.
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.shared.waiting.fetch_add(1, Relaxed);
+        // A panic while the state was held would have ended the thread; its figures can still be read.
+        let state = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+        self.shared.waiting.fetch_sub(1, Relaxed);
+        state
+    }
+}
+
+impl Drop for Collector {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run(shared: &Shared, pace: Pace) {
+    let mut waiter = Waiter::new(pace);
+    while !shared.stop.load(Relaxed) {
+        let (came, emptied) = {
+            let mut state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+            state.look();
+            state.drain(&shared.tokens, DRAIN_SLICE)
+        };
+        while shared.waiting.load(Relaxed) > 0 && !shared.stop.load(Relaxed) {
+            std::thread::yield_now();
+        }
+        if emptied {
+            waiter.wait(came);
+        }
+    }
+}
+
+impl Inner {
+    /// Take records from every arena in turn until none is left or `slice` is over; gives whether any came, and
+    /// whether none is left.
+    fn drain(&mut self, tokens: &AtomicU64, slice: Duration) -> (bool, bool) {
+        let began = Instant::now();
+        let mut came = false;
+        loop {
+            let mut emptied = true;
+            for arena in 0..self.feed.sources.len() {
+                if self.take_one(arena, tokens) {
+                    (came, emptied) = (true, false);
+                }
+            }
+            if emptied || began.elapsed() >= slice {
+                return (came, emptied);
+            }
+        }
+    }
+
+    /// Take one record of an arena; false if there is none.
+    fn take_one(&mut self, arena: usize, tokens: &AtomicU64) -> bool {
+        self.batches.resize_with(self.feed.sources.len(), || None);
+        self.last_step.resize(self.feed.sources.len(), None);
+        let reader = &mut self.feed.sources[arena].reader;
+        let mut time_ns = 0;
+        match reader.poll() {
+            Ok(None) => return false,
+            Ok(Some(Record::End(end))) => self.store.finish(arena, &end),
+            Ok(Some(Record::Step(step))) => {
+                time_ns = step.time_ns;
+                let batch = &mut self.batches[arena];
+                resolve(batch, &step, arena, &mut self.store);
+                if self.last_step[arena] != Some(step.step) {
+                    self.last_step[arena] = Some(step.step);
+                    self.steps += 1;
+                }
+                let spans = batch.as_ref().map_or(&[][..], |(_, spans)| spans);
+                self.unattributed +=
+                    apply(&self.facts, &step, spans, &mut self.counts, &mut self.history, &mut self.store);
+                tokens.fetch_add(step.rows as u64, Relaxed);
+            }
+            Err(error) => {
+                self.corrupt_records += 1;
+                self.corrupt = Some(error.to_string());
+            }
+        }
+        let cursor = reader.cursor();
+        reader.release(cursor);
+        if time_ns > 0 {
+            self.lag_ns = now_ns().saturating_sub(time_ns);
+        }
+        true
+    }
+
+    fn look(&mut self) {
+        match self.feed.look() {
+            Ok(ended) => ended.into_iter().for_each(|arena| self.store.abort_running(arena)),
+            Err(error) => self.corrupt = Some(error.to_string()),
+        }
+    }
+
+    fn stats(&self, tokens: u64) -> Stats {
+        let behind = self.feed.sources.iter().filter(|source| source.reader.cursor() < source.reader.head());
+        let waited = behind.map(|source| now_ns().saturating_sub(source.reader.time_ns())).max().unwrap_or(0);
+        Stats {
+            steps: self.steps,
+            tokens,
+            dropped_tokens: self.feed.dropped_rows(),
+            lost_tokens: self.feed.lost_rows(),
+            unattributed_tokens: self.unattributed,
+            unkept_tokens: self.store.unkept_rows,
+            missing_tokens: self.store.missing_rows(),
+            evicted_requests: self.store.evicted_requests,
+            corrupt_records: self.corrupt_records,
+            corrupt: self.corrupt.clone(),
+            lag_s: self.lag_ns.max(if tokens > 0 { waited } else { 0 }) as f64 * 1e-9,
+            memory: self.store.bytes() as u64,
+            arenas: self.feed.sources.len() as u64,
+            ended: self.feed.is_over(),
+        }
+    }
+}
+
+/// Look the batch's requests up, unless the step's batch is the one that was looked up last.
+fn resolve(batch: &mut Option<(Arc<[Span]>, Vec<Resolved>)>, step: &Step<'_>, arena: usize, store: &mut Store) {
+    let Some(spans) = step.batch else {
+        *batch = None;
+        return;
+    };
+    if batch.as_ref().is_some_and(|(known, _)| Arc::ptr_eq(known, spans)) {
+        return;
+    }
+    let resolve = |span: &Span| Resolved {
+        rows: span.first_row as usize..(span.first_row + span.rows) as usize,
+        phase: span.phase,
+        key: store.key_of(arena, span),
+    };
+    *batch = Some((Arc::clone(spans), spans.iter().map(resolve).collect()));
+}
+
+/// Count a step's rows and hand them to their requests; gives how many belong to none. Rows under no span count as
+/// prefill, being rows of a step about whose requests nothing is known.
+fn apply(
+    facts: &Facts,
+    step: &Step<'_>,
+    spans: &[Resolved],
+    counts: &mut Counts,
+    history: &mut History,
+    store: &mut Store,
+) -> u64 {
+    let row_bytes = facts.row_bytes();
+    let mut unattributed = 0;
+    let mut count = |phase, rows: std::ops::Range<usize>| {
+        let experts = &step.experts[rows.start * row_bytes..rows.end * row_bytes];
+        counts.add(facts, phase, experts);
+        history.add(phase, experts);
+    };
+    let mut next = 0;
+    for span in spans {
+        count(Phase::Prefill, next..span.rows.start);
+        unattributed += span.rows.start - next;
+        count(span.phase, span.rows.clone());
+        match span.key {
+            Some(key) => store.add(facts, key, step, span.rows.clone(), span.phase),
+            None => unattributed += span.rows.len(),
+        }
+        next = span.rows.end;
+    }
+    count(Phase::Prefill, next..step.rows);
+    (unattributed + step.rows - next) as u64
+}

@@ -1,0 +1,238 @@
+//! Rows in the order of their records, for a recorder: nothing is lost between what it took and what it wrote.
+
+use super::feed::{ArenaId, Feed, Source, arena_id};
+use super::store::NO_TOKEN;
+use super::wait::{Pace, Waiter};
+use crate::batch::{End, Span};
+use crate::error::Result;
+use crate::layout::Facts;
+use crate::reader::{Mode, Record, Step};
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Which records of an arena a block came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecordRange {
+    /// The arena.
+    pub arena: ArenaId,
+    /// The first record.
+    pub first: u64,
+    /// The last record.
+    pub last: u64,
+}
+
+/// Rows of a number of records; n of them.
+#[derive(Clone, Debug, Default)]
+pub struct Block {
+    /// Index into `ids` [n].
+    pub requests: Vec<u32>,
+    /// Index into `ranges` [n].
+    pub arenas: Vec<u32>,
+    /// The ids of the requests that have rows here.
+    pub ids: Vec<String>,
+    /// Positions [n].
+    pub positions: Vec<u32>,
+    /// Token ids [n]; [`NO_TOKEN`] where the engine did not tell.
+    pub token_ids: Vec<u32>,
+    /// Phases as u8 [n].
+    pub phases: Vec<u8>,
+    /// The forward [n].
+    pub steps: Vec<u64>,
+    /// When it was published, in nanoseconds since the Unix epoch [n].
+    pub times: Vec<i64>,
+    /// Expert ids [n, L, K], u8 or u16 in native byte order.
+    pub experts: Vec<u8>,
+    /// Router weights f16 [n, L, K]; empty if the arena has none.
+    pub weights: Vec<u16>,
+    /// Requests that ended.
+    pub ends: Vec<End>,
+    /// The records that these rows came from, one entry an arena.
+    pub ranges: Vec<RecordRange>,
+    /// Rows of no request, left out.
+    pub unattributed: u64,
+    /// Records that contradicted themselves, left out.
+    pub corrupt: u64,
+}
+
+impl Block {
+    /// The number of rows.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// True if there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.positions.is_empty()
+    }
+}
+
+/// A lossless reader of a capture whose space is released only when told that the rows are durable.
+pub struct RowStream {
+    feed: Feed,
+    waiter: Waiter,
+    block: Block,
+    by_id: HashMap<String, u32>,
+    /// The batch looked up last, for each arena: its spans' indices into `block.ids`.
+    batches: Vec<Option<(Arc<[Span]>, Vec<Option<u32>>)>>,
+    skipped: u64,
+}
+
+/// Part of an arena that may wait to be written: beyond it, a block is given out early, so that the writer never drops
+/// records for a recorder that merely waits for a fuller file.
+const HELD_SHARE: u64 = 4;
+
+impl RowStream {
+    /// Attach losslessly. For each arena named in `resume`, go on after that record; elsewhere begin at the oldest one.
+    ///
+    /// # Errors
+    /// As [`super::Collector::open`].
+    pub fn open(directory: PathBuf, capture: &str, resume: &[(ArenaId, u64)]) -> Result<Self> {
+        let mut feed = Feed::open(directory, capture, Mode::Lossless)?;
+        let mut skipped = 0;
+        for source in &mut feed.sources {
+            if let Some((_, last)) = resume.iter().find(|(arena, _)| *arena == arena_id(&source.reader)) {
+                skipped += source.reader.tail().saturating_sub(last + 1);
+                source.reader.seek(last + 1);
+            }
+        }
+        let waiter = Waiter::new(Pace::CALM);
+        Ok(Self { feed, waiter, block: Block::default(), by_id: HashMap::new(), batches: Vec::new(), skipped })
+    }
+
+    /// What the capture says of its model.
+    #[must_use]
+    pub fn facts(&self) -> &Facts {
+        self.feed.facts()
+    }
+
+    /// Records that were gone when this stream resumed.
+    #[must_use]
+    pub fn skipped_records(&self) -> u64 {
+        self.skipped
+    }
+
+    /// Rows that the writers have dropped since this stream began.
+    #[must_use]
+    pub fn dropped_rows(&self) -> u64 {
+        self.feed.dropped_rows()
+    }
+
+    /// Whether every publisher has ended, and everything they published was taken.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.feed.is_over()
+    }
+
+    /// Wait until there are `rows` rows, or `timeout` is over, or much of an arena is held; gives what there is, which
+    /// may be nothing. Call [`RowStream::release`] once it is durable.
+    ///
+    /// # Errors
+    /// When a new rank of the capture cannot be opened.
+    pub fn take(&mut self, rows: usize, timeout: Duration) -> Result<Block> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            self.feed.look()?;
+            let mut came = false;
+            for arena in 0..self.feed.sources.len() {
+                came |= self.take_one(arena);
+            }
+            let full = self.block.len() >= rows || self.holds_much();
+            if full || Instant::now() >= deadline || (!came && self.is_over()) {
+                self.by_id.clear();
+                self.batches.clear();
+                return Ok(std::mem::take(&mut self.block));
+            }
+            if !came {
+                self.waiter.wait(false);
+            }
+        }
+    }
+
+    /// Everything taken so far is durable: the writers may reuse its space.
+    pub fn release(&mut self) {
+        for source in &mut self.feed.sources {
+            let cursor = source.reader.cursor();
+            source.reader.release(cursor);
+        }
+    }
+
+    fn holds_much(&self) -> bool {
+        self.feed.sources.iter().any(|source| source.reader.held_share() * HELD_SHARE as f64 >= 1.0)
+    }
+
+    fn take_one(&mut self, arena: usize) -> bool {
+        self.batches.resize_with(self.feed.sources.len(), || None);
+        let Source { reader, .. } = &mut self.feed.sources[arena];
+        let (id, first) = (arena_id(reader), reader.cursor());
+        match reader.poll() {
+            Ok(None) => return false,
+            Ok(Some(Record::End(end))) => self.block.ends.push(end),
+            Ok(Some(Record::Step(step))) => {
+                let batch = &mut self.batches[arena];
+                let known = batch.as_ref().zip(step.batch).is_some_and(|((known, _), spans)| Arc::ptr_eq(known, spans));
+                if !known {
+                    *batch = step.batch.map(|spans| {
+                        let index = |span: &Span| index_of(span, &mut self.by_id, &mut self.block.ids);
+                        (Arc::clone(spans), spans.iter().map(index).collect())
+                    });
+                }
+                let range = self.block.ranges.iter().position(|range| range.arena == id);
+                let range = range.unwrap_or(self.block.ranges.len()) as u32;
+                self.block.add(&step, batch.as_ref().map_or(&[][..], |(_, indices)| indices), range);
+            }
+            Err(_) => self.block.corrupt += 1,
+        }
+        let last = reader.cursor() - 1;
+        match self.block.ranges.iter_mut().find(|range| range.arena == id) {
+            Some(range) => range.last = last,
+            // A late or lapped reader does not begin where it stood; `first` then names records that were gone.
+            None => self.block.ranges.push(RecordRange { arena: id, first, last }),
+        }
+        true
+    }
+}
+
+/// Index of a span's request in `ids`; None for rows of no request.
+fn index_of(span: &Span, by_id: &mut HashMap<String, u32>, ids: &mut Vec<String>) -> Option<u32> {
+    if span.number == 0 {
+        return None;
+    }
+    Some(*by_id.entry(span.request.clone()).or_insert_with(|| {
+        ids.push(span.request.clone());
+        (ids.len() - 1) as u32
+    }))
+}
+
+impl Block {
+    fn add(&mut self, step: &Step<'_>, indices: &[Option<u32>], range: u32) {
+        let mut attributed = 0;
+        let spans = step.batch.map_or(&[][..], |spans| spans);
+        let (row_bytes, row_ids) =
+            (step.experts.len() / step.rows.max(1), step.weights.map_or(0, <[u16]>::len) / step.rows.max(1));
+        for (span, index) in spans.iter().zip(indices) {
+            let Some(index) = *index else { continue };
+            let rows = span.first_row as usize..(span.first_row + span.rows) as usize;
+            attributed += rows.len();
+            let n = self.len() + rows.len();
+            self.requests.resize(n, index);
+            self.arenas.resize(n, range);
+            self.positions.extend_from_slice(&step.positions[rows.clone()]);
+            match step.token_ids {
+                Some(ids) => self.token_ids.extend_from_slice(&ids[rows.clone()]),
+                None => self.token_ids.resize(n, NO_TOKEN),
+            }
+            self.phases.resize(n, span.phase as u8);
+            self.steps.resize(n, step.step);
+            self.times.resize(n, step.time_ns as i64);
+            self.experts.extend_from_slice(&step.experts[rows.start * row_bytes..rows.end * row_bytes]);
+            if let Some(weights) = step.weights {
+                self.weights.extend_from_slice(&weights[rows.start * row_ids..rows.end * row_ids]);
+            }
+        }
+        self.unattributed += (step.rows - attributed) as u64;
+    }
+}

@@ -1,0 +1,402 @@
+//! The reading end: takes records in order, and notices every one that it lost.
+
+use crate::batch::{End, Span, decode_end, decode_spans};
+use crate::error::{Error, Result};
+use crate::layout::{
+    Descriptor, Facts, Header, Kind, Producer, READERS, descriptor, entry, reader_entry, section, word,
+};
+use crate::memory::Memory;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+
+/// Whether a reader holds back the writer's reuse of space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// The writer keeps what this reader has not released: it drops new records, or waits.
+    Lossless,
+    /// The writer goes on; the reader counts what it lost.
+    Lossy,
+}
+
+/// A record, copied out of the arena and checked.
+#[derive(Debug)]
+pub enum Record<'a> {
+    /// Rows of a forward.
+    Step(Step<'a>),
+    /// The end of a request.
+    End(End),
+}
+
+/// Rows of a forward, or of a part of it.
+#[derive(Debug)]
+pub struct Step<'a> {
+    /// Which forward.
+    pub step: u64,
+    /// When it was published: nanoseconds since the Unix epoch.
+    pub time_ns: u64,
+    /// The number of rows, n.
+    pub rows: usize,
+    /// Expert ids [n, L, K], u8 or u16 in native byte order; each below E.
+    pub experts: &'a [u8],
+    /// Token ids [n].
+    pub token_ids: Option<&'a [u32]>,
+    /// Positions in the request [n].
+    pub positions: &'a [u32],
+    /// Router weights f16 [n, L, K].
+    pub weights: Option<&'a [u16]>,
+    /// The batch that the rows belong to; its identity stays the same until the batch changes. None: the record that
+    /// held it was gone before this reader came.
+    pub batch: Option<&'a Arc<[Span]>>,
+}
+
+/// A reader of one arena.
+pub struct Reader<M: Memory> {
+    memory: Arc<M>,
+    header: Header,
+    entry: usize,
+    mode: Mode,
+    cursor: u64,
+    started: bool,
+    rows_seen: u64,
+    lost_records: u64,
+    lost_rows: u64,
+    time_ns: u64,
+    /// Ring position after the last record read, and after the last one released.
+    position: u64,
+    released: u64,
+    batch: Option<(u64, Arc<[Span]>)>,
+    payload: Vec<u64>,
+}
+
+/// How often a lapped reader tries again before it lets its caller breathe.
+const MAX_LAPS: usize = 16;
+
+impl<M: Memory> Reader<M> {
+    /// Take a reader entry and begin at the oldest record that is still there.
+    pub(crate) fn new(memory: Arc<M>, header: Header, mode: Mode, process: Producer) -> Result<Self> {
+        let entry = (0..READERS)
+            .find(|&i| memory.compare_exchange(reader_entry(i) + entry::OWNER, 0, entry::CLAIMED))
+            .ok_or(Error::ReadersFull { count: READERS })?;
+        let at = reader_entry(entry);
+        let cursor = memory.load(word::TAIL, Acquire);
+        memory.store(at + entry::START_TIME, process.start_time, Relaxed);
+        memory.store(at + entry::CURSOR, cursor, Relaxed);
+        memory.store(at + entry::LOSSLESS, u64::from(mode == Mode::Lossless), Relaxed);
+        // Pairs with the acquire load in `Writer::oldest_needed`: an owned entry is a filled one.
+        memory.store(at + entry::OWNER, u64::from(process.pid), Release);
+        loop {
+            let high = memory.load(word::READER_HIGH, Acquire);
+            if high > entry as u64 || memory.compare_exchange(word::READER_HIGH, high, entry as u64 + 1) {
+                break;
+            }
+        }
+        let rows_seen = 0;
+        Ok(Self {
+            memory,
+            header,
+            entry,
+            mode,
+            cursor,
+            started: false,
+            rows_seen,
+            lost_records: 0,
+            lost_rows: 0,
+            time_ns: 0,
+            position: 0,
+            released: 0,
+            batch: None,
+            payload: Vec::new(),
+        })
+    }
+
+    /// What the arena says of the model.
+    #[must_use]
+    pub fn facts(&self) -> &Facts {
+        &self.header.facts
+    }
+
+    /// The arena's header.
+    #[must_use]
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// Index of the next record to be read.
+    #[must_use]
+    pub fn cursor(&self) -> u64 {
+        self.cursor
+    }
+
+    /// Index that the writer's next record will get.
+    #[must_use]
+    pub fn head(&self) -> u64 {
+        self.memory.load(word::HEAD, Acquire)
+    }
+
+    /// Index of the oldest record that is still there.
+    #[must_use]
+    pub fn tail(&self) -> u64 {
+        self.memory.load(word::TAIL, Acquire)
+    }
+
+    /// Records that were overwritten before this reader came to them.
+    #[must_use]
+    pub fn lost_records(&self) -> u64 {
+        self.lost_records
+    }
+
+    /// Rows in [`Reader::lost_records`], as far as a later record told.
+    #[must_use]
+    pub fn lost_rows(&self) -> u64 {
+        self.lost_rows
+    }
+
+    /// Rows that the writer has dropped since the arena was made.
+    #[must_use]
+    pub fn dropped_rows(&self) -> u64 {
+        self.memory.load(word::DROPPED_ROWS, Relaxed)
+    }
+
+    /// Forwards that the writer has seen, dropped ones included.
+    #[must_use]
+    pub fn steps(&self) -> u64 {
+        self.memory.load(word::STEPS, Relaxed)
+    }
+
+    /// When the last record read was published: nanoseconds since the Unix epoch, or 0.
+    #[must_use]
+    pub fn time_ns(&self) -> u64 {
+        self.time_ns
+    }
+
+    /// Whether the writer has ended in good order.
+    #[must_use]
+    pub fn ended(&self) -> bool {
+        self.memory.load(word::CLOSED, Acquire) != 0
+    }
+
+    /// Go on at record `index`, read or not; before the oldest one, at that.
+    pub fn seek(&mut self, index: u64) {
+        self.cursor = index.clamp(self.tail(), self.head());
+        self.started = false;
+        self.batch = None;
+        self.release(self.cursor);
+    }
+
+    /// Let the writer reuse the space of every record before `index`.
+    pub fn release(&mut self, index: u64) {
+        // Pairs with the acquire load in `Writer::oldest_needed`.
+        self.memory.store(reader_entry(self.entry) + entry::CURSOR, index, Release);
+        if index == self.cursor {
+            self.released = self.position;
+        }
+    }
+
+    /// How much of the ring this reader has read and not released: 0 to 1.
+    #[must_use]
+    pub fn held_share(&self) -> f64 {
+        (self.position - self.released) as f64 / self.header.geometry.ring_words as f64
+    }
+
+    /// Read the next record, if it is published. Its space stays held until [`Reader::release`].
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] if the arena contradicts itself; the record is passed over.
+    pub fn poll(&mut self) -> Result<Option<Record<'_>>> {
+        let Some(what) = self.take()? else {
+            return Ok(None);
+        };
+        self.time_ns = what.time_ns;
+        let payload = bytemuck::must_cast_slice::<u64, u8>(&self.payload);
+        match what.kind {
+            Kind::Event => Ok(Some(Record::End(decode_end(payload)?))),
+            Kind::Step => {
+                let mut at = 0;
+                if what.sections & section::SPANS != 0 {
+                    let (spans, length) = decode_spans(payload, what.rows)?;
+                    self.batch = Some((self.cursor - 1, spans.into()));
+                    at = length;
+                } else if self.batch.as_ref().is_none_or(|(record, _)| *record != what.batch) {
+                    self.batch = self.fetch_batch(what.batch).map(|spans| (what.batch, spans.into()));
+                }
+                let payload = bytemuck::must_cast_slice::<u64, u8>(&self.payload);
+                let step = Step::decode(&self.header.facts, &what, &payload[at..], self.batch.as_ref().map(|b| &b.1))?;
+                Ok(Some(Record::Step(step)))
+            }
+        }
+    }
+
+    /// Copy the next record's payload out and move past it; lapped, go on at the oldest record that is still there.
+    fn take(&mut self) -> Result<Option<Descriptor>> {
+        for _ in 0..MAX_LAPS {
+            let tail = self.memory.load(word::TAIL, Acquire);
+            if self.cursor < tail {
+                if self.started {
+                    self.lost_records += tail - self.cursor;
+                }
+                self.cursor = tail;
+            }
+            let mut payload = std::mem::take(&mut self.payload);
+            let read = self.read(self.cursor, &mut payload);
+            self.payload = payload;
+            match read {
+                Read::NotYet => return Ok(None),
+                Read::Gone => {}
+                Read::There(what) => {
+                    self.cursor += 1;
+                    let what = what?;
+                    let end = what.position.saturating_add(what.payload_words);
+                    if !self.started {
+                        self.released = what.position;
+                    }
+                    self.position = end.max(self.released);
+                    if self.started {
+                        self.lost_rows += what.rows_before.saturating_sub(self.rows_seen);
+                    }
+                    self.started = true;
+                    self.rows_seen = what.rows_before.saturating_add(u64::from(what.rows));
+                    return Ok(Some(what));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Copy one record out, if it is there and stays there meanwhile.
+    fn read(&self, index: u64, payload: &mut Vec<u64>) -> Read {
+        let geometry = &self.header.geometry;
+        let at = geometry.descriptor(index);
+        // Pairs with the release store in `Writer::commit`, or with the GPU's system-scope release.
+        let sequence = self.memory.load(at + descriptor::SEQUENCE, Acquire);
+        if sequence != index.wrapping_add(1) {
+            return if self.still_there(index) { Read::NotYet } else { Read::Gone };
+        }
+        let mut words = [0; descriptor::WORDS];
+        self.memory.read_words(at, &mut words);
+        if !self.still_there(index) {
+            return Read::Gone;
+        }
+        let what = match Descriptor::decode(&words).and_then(|what| self.check(what)) {
+            Ok(what) => what,
+            Err(error) => return Read::There(Err(error)),
+        };
+        payload.resize(what.payload_words as usize, 0);
+        self.memory.read_words(geometry.ring(what.position), payload);
+        if self.still_there(index) { Read::There(Ok(what)) } else { Read::Gone }
+    }
+
+    /// Whether nothing read of record `index` so far can have been overwritten.
+    fn still_there(&self, index: u64) -> bool {
+        // Pairs with the release fence in `Writer::make_room`: had we seen a word written after it, we would see its tail.
+        self.memory.fence(Acquire);
+        self.memory.load(word::TAIL, Relaxed) <= index
+    }
+
+    /// Check a descriptor against the arena's geometry, so that no access leaves the ring.
+    fn check(&self, what: Descriptor) -> Result<Descriptor> {
+        let ring = self.header.geometry.ring_words as u64;
+        let fits = what.payload_words <= ring && what.position % ring + what.payload_words <= ring;
+        let needed = match what.kind {
+            Kind::Step if what.sections & !section::ALL == 0 => {
+                // Rows are bounded before they are multiplied: a row takes more than a byte of the ring.
+                let rows = (u64::from(what.rows) <= ring * 8).then_some(what.rows as usize);
+                rows.map(|rows| self.header.facts.section_words(what.sections, rows) as u64)
+            }
+            Kind::Step => None,
+            Kind::Event => Some(2),
+        };
+        if fits && needed.is_some_and(|needed| needed <= what.payload_words) {
+            Ok(what)
+        } else {
+            Err(Error::corrupt(format!(
+                "record {} says {} rows in {} words at {}, in a ring of {ring} words",
+                self.cursor, what.rows, what.payload_words, what.position
+            )))
+        }
+    }
+
+    /// The spans of an older record, if it is still there.
+    fn fetch_batch(&self, index: u64) -> Option<Vec<Span>> {
+        let mut payload = Vec::new();
+        match self.read(index, &mut payload) {
+            Read::There(Ok(what)) if what.kind == Kind::Step && what.sections & section::SPANS != 0 => {
+                decode_spans(bytemuck::must_cast_slice(&payload), what.rows).ok().map(|(spans, _)| spans)
+            }
+            _ => None,
+        }
+    }
+
+    /// Give the reader entry back. Also done on drop.
+    fn leave(&mut self) {
+        self.memory.store(reader_entry(self.entry) + entry::OWNER, 0, Release);
+    }
+
+    /// Whether this reader holds back the reuse of space.
+    #[must_use]
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+}
+
+impl<M: Memory> Drop for Reader<M> {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+enum Read {
+    There(Result<Descriptor>),
+    NotYet,
+    Gone,
+}
+
+impl<'a> Step<'a> {
+    /// Cut a payload into its sections, and check what later code relies on: ids below E, spans within the rows.
+    fn decode(facts: &Facts, what: &Descriptor, payload: &'a [u8], batch: Option<&'a Arc<[Span]>>) -> Result<Self> {
+        let n = what.rows as usize;
+        let mut rest = payload;
+        let mut cut = |mask: u16, bytes: usize| -> Result<Option<&'a [u8]>> {
+            if what.sections & mask == 0 {
+                return Ok(None);
+            }
+            let section = rest.get(..bytes).ok_or_else(|| Error::corrupt("sections longer than their record"))?;
+            rest = rest.get(bytes.next_multiple_of(8)..).unwrap_or(&[]);
+            Ok(Some(section))
+        };
+        let missing = |name: &str| Error::corrupt(format!("a step of {n} rows without {name}"));
+        let experts = cut(section::EXPERTS, n * facts.row_bytes())?.ok_or_else(|| missing("experts"))?;
+        let token_ids = cut(section::TOKEN_IDS, n * 4)?;
+        let positions = cut(section::POSITIONS, n * 4)?.ok_or_else(|| missing("positions"))?;
+        let weights = cut(section::WEIGHTS, n * facts.ids_per_row() * 2)?;
+        check_ids(experts, facts)?;
+        if let Some(span) = batch.and_then(|spans| spans.last())
+            && u64::from(span.first_row) + u64::from(span.rows) > n as u64
+        {
+            return Err(Error::corrupt(format!("a batch whose spans end past the {n} rows of the step")));
+        }
+        Ok(Self {
+            step: what.step,
+            time_ns: what.time_ns,
+            rows: n,
+            experts,
+            token_ids: token_ids.map(bytemuck::cast_slice),
+            positions: bytemuck::cast_slice(positions),
+            weights: weights.map(bytemuck::cast_slice),
+            batch,
+        })
+    }
+}
+
+fn check_ids(experts: &[u8], facts: &Facts) -> Result<()> {
+    let largest = if facts.id_bytes() == 1 {
+        experts.iter().copied().max().map(u32::from)
+    } else {
+        bytemuck::cast_slice::<u8, u16>(experts).iter().copied().max().map(u32::from)
+    };
+    match largest {
+        Some(id) if id >= facts.num_experts => {
+            Err(Error::corrupt(format!("expert id {id} of a model with {} experts", facts.num_experts)))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,455 @@
+//! The publishing end: reserves space, copies rows in, and publishes them by one store.
+
+use crate::batch::{End, Span, encode_end, encode_spans};
+use crate::error::{Error, Result};
+use crate::layout::{Descriptor, Facts, Header, Kind, descriptor, entry, reader_entry, section, word};
+use crate::memory::Memory;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// What becomes of a record when lossless readers still need the space it would take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnFull {
+    /// It is dropped and counted.
+    Drop,
+    /// The writer waits, at most this long, then drops it.
+    Wait(Duration),
+}
+
+/// The rows of one forward.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<'a> {
+    /// Expert ids [n, L, K], u8 or u16 in native byte order: [`Facts::id_bytes`].
+    pub experts: &'a [u8],
+    /// Token ids [n], where the engine knows them.
+    pub token_ids: Option<&'a [u32]>,
+    /// Positions in the request [n].
+    pub positions: &'a [u32],
+    /// Router weights f16 [n, L, K], if the arena was made for them.
+    pub weights: Option<&'a [u16]>,
+}
+
+/// What became of a step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Published {
+    /// Rows that readers can now see.
+    pub rows: usize,
+    /// Rows that did not fit, and are counted as dropped.
+    pub dropped: usize,
+}
+
+/// Space taken for a record that nobody sees yet.
+struct Reservation {
+    index: u64,
+    /// Word in memory where the payload begins.
+    at: usize,
+    position: u64,
+}
+
+/// Ends of requests that wait for space; more are counted as lost.
+const MAX_PENDING_ENDS: usize = 4096;
+/// A step is split so that no part takes more than this share of the ring: smaller parts can be freed one by one.
+const PARTS_PER_RING: usize = 4;
+
+/// The writer of an arena. There is one.
+pub struct Writer<M: Memory> {
+    memory: Arc<M>,
+    header: Header,
+    on_full: OnFull,
+    head: u64,
+    tail: u64,
+    /// Ring position after the last record.
+    position: u64,
+    /// Where each live record's payload begins. Kept here: what stands in shared memory could have been overwritten.
+    starts: Box<[u64]>,
+    rows_before: u64,
+    steps: u64,
+    dropped_records: u64,
+    dropped_rows: u64,
+    lost_events: u64,
+    batch: Vec<u8>,
+    batch_rows: u32,
+    /// The record that holds the batch as it is now.
+    batch_record: Option<u64>,
+    spans: Vec<Span>,
+    pending: VecDeque<Vec<u8>>,
+}
+
+impl<M: Memory> Writer<M> {
+    /// Take over memory that `header` was just stored in.
+    pub(crate) fn new(memory: Arc<M>, header: Header, on_full: OnFull) -> Self {
+        let starts = vec![0; header.geometry.descriptors].into_boxed_slice();
+        let mut writer = Self {
+            memory,
+            header,
+            on_full,
+            head: 0,
+            tail: 0,
+            position: 0,
+            starts,
+            rows_before: 0,
+            steps: 0,
+            dropped_records: 0,
+            dropped_rows: 0,
+            lost_events: 0,
+            batch: Vec::new(),
+            batch_rows: 0,
+            batch_record: None,
+            spans: Vec::new(),
+            pending: VecDeque::new(),
+        };
+        writer.set_batch(Vec::new()).expect("no spans are valid");
+        writer
+    }
+
+    /// What the arena says of the model.
+    #[must_use]
+    pub fn facts(&self) -> &Facts {
+        &self.header.facts
+    }
+
+    /// Forwards so far, dropped ones included.
+    #[must_use]
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// Rows dropped so far.
+    #[must_use]
+    pub fn dropped_rows(&self) -> u64 {
+        self.dropped_rows
+    }
+
+    /// State whose rows the next steps hold, until the next call.
+    ///
+    /// # Errors
+    /// Spans that overlap, ids longer than [`crate::layout::MAX_ID_BYTES`], or a batch too large for the arena; the
+    /// batch before stays in force.
+    pub fn set_batch(&mut self, spans: Vec<Span>) -> Result<()> {
+        let mut encoded = Vec::with_capacity(self.batch.len());
+        encode_spans(&spans, &mut encoded)?;
+        if encoded.len() / 8 > self.header.geometry.ring_words / PARTS_PER_RING / 2 {
+            return Err(Error::invalid(format!(
+                "the spans of {} requests take {} bytes, too many for an arena of {} bytes; make it larger",
+                spans.len(),
+                encoded.len(),
+                self.memory.len() * 8
+            )));
+        }
+        self.batch = encoded;
+        self.batch_rows = spans.last().map_or(0, |span| span.first_row + span.rows);
+        self.batch_record = None;
+        self.spans = spans;
+        Ok(())
+    }
+
+    /// Publish the rows of one forward, in the batch stated last.
+    ///
+    /// # Errors
+    /// Lengths that do not agree; nothing is published then.
+    pub fn publish(&mut self, rows: &Rows<'_>) -> Result<Published> {
+        let n = self.check(rows)?;
+        self.publish_pending();
+        let step = self.steps;
+        self.steps += 1;
+        self.memory.store(word::STEPS, self.steps, Relaxed);
+        let time_ns = now_ns();
+        let sections = section::EXPERTS
+            | section::POSITIONS
+            | if rows.token_ids.is_some() { section::TOKEN_IDS } else { 0 }
+            | if rows.weights.is_some() { section::WEIGHTS } else { 0 };
+        let limit = self.header.geometry.ring_words / PARTS_PER_RING;
+        let published = if self.batch.len() / 8 + self.facts().section_words(sections, n) <= limit {
+            self.publish_whole(rows, n, sections, step, time_ns)
+        } else {
+            self.publish_parts(rows, n, sections, step, time_ns, limit)?
+        };
+        let mut result = Published { rows: n, dropped: 0 };
+        if published < n {
+            result = Published { rows: published, dropped: n - published };
+            self.dropped_rows += result.dropped as u64;
+            self.memory.store(word::DROPPED_ROWS, self.dropped_rows, Relaxed);
+        }
+        Ok(result)
+    }
+
+    /// State that a request has ended. If the event does not fit, it is published with the next call.
+    ///
+    /// # Errors
+    /// An id longer than [`crate::layout::MAX_ID_BYTES`].
+    pub fn finish(&mut self, end: &End) -> Result<()> {
+        let event = encode_end(end)?;
+        if self.pending.len() == MAX_PENDING_ENDS {
+            self.pending.pop_front();
+            self.lost_events += 1;
+            self.memory.store(word::LOST_EVENTS, self.lost_events, Relaxed);
+        }
+        self.pending.push_back(event);
+        self.publish_pending();
+        Ok(())
+    }
+
+    /// Say that nothing more comes.
+    pub fn close(&mut self) {
+        self.publish_pending();
+        // Pairs with the acquire in `Reader::ended`: whoever sees the end sees every record before it.
+        self.memory.store(word::CLOSED, 1, Release);
+    }
+
+    fn check(&self, rows: &Rows<'_>) -> Result<usize> {
+        let n = rows.positions.len();
+        let expect = |what: &str, found: usize, expected: usize| {
+            if found == expected {
+                Ok(())
+            } else {
+                Err(Error::invalid(format!("{found} {what}, and {n} rows need {expected}")))
+            }
+        };
+        u32::try_from(n).map_err(|_| Error::invalid(format!("a step of {n} rows")))?;
+        expect("bytes of expert ids", rows.experts.len(), n * self.facts().row_bytes())?;
+        if let Some(token_ids) = rows.token_ids {
+            expect("token ids", token_ids.len(), n)?;
+        }
+        let weights = if self.facts().weights { n * self.facts().ids_per_row() } else { 0 };
+        expect("router weights", rows.weights.map_or(0, <[u16]>::len), weights)?;
+        if self.batch_rows as usize > n {
+            return Err(Error::invalid(format!(
+                "the batch's spans end at row {}, and the step has {n}",
+                self.batch_rows
+            )));
+        }
+        Ok(n)
+    }
+
+    /// Publish a step as one record; gives the rows published.
+    fn publish_whole(&mut self, rows: &Rows<'_>, n: usize, sections: u16, step: u64, time_ns: u64) -> usize {
+        let inline = self.batch_record.is_none_or(|record| self.is_old(record));
+        let span_bytes = if inline { std::mem::take(&mut self.batch) } else { Vec::new() };
+        let spans = inline.then_some(&span_bytes[..]);
+        let index = self.publish_record(rows, n, sections, step, time_ns, spans);
+        if inline {
+            self.batch = span_bytes;
+            self.batch_record = index;
+        }
+        if index.is_some() { n } else { 0 }
+    }
+
+    /// Publish a large step as several records, each with its own share of the spans; gives the rows published.
+    fn publish_parts(
+        &mut self,
+        rows: &Rows<'_>,
+        n: usize,
+        sections: u16,
+        step: u64,
+        time_ns: u64,
+        limit: usize,
+    ) -> Result<usize> {
+        let row_words = self.facts().section_words(sections, 64).div_ceil(64) + 1;
+        let part = ((limit - self.batch.len() / 8) / row_words).max(1);
+        let (row_bytes, row_ids) = (self.facts().row_bytes(), self.facts().ids_per_row());
+        let mut published = 0;
+        let mut spans = Vec::new();
+        for first in (0..n).step_by(part) {
+            let end = n.min(first + part);
+            encode_spans(&clip(&self.spans, first as u32, end as u32), &mut spans)?;
+            let share = Rows {
+                experts: &rows.experts[first * row_bytes..end * row_bytes],
+                token_ids: rows.token_ids.map(|ids| &ids[first..end]),
+                positions: &rows.positions[first..end],
+                weights: rows.weights.map(|weights| &weights[first * row_ids..end * row_ids]),
+            };
+            if self.publish_record(&share, end - first, sections, step, time_ns, Some(&spans)).is_some() {
+                published += end - first;
+            }
+        }
+        self.batch_record = None;
+        Ok(published)
+    }
+
+    /// Publish one record of rows; gives its index, or nothing if it was dropped.
+    fn publish_record(
+        &mut self,
+        rows: &Rows<'_>,
+        n: usize,
+        sections: u16,
+        step: u64,
+        time_ns: u64,
+        spans: Option<&[u8]>,
+    ) -> Option<u64> {
+        let words = self.facts().section_words(sections, n) + spans.map_or(0, |bytes| bytes.len() / 8);
+        let Some(Reservation { index, mut at, position }) = self.reserve(words, self.on_full) else {
+            self.dropped_records += 1;
+            self.memory.store(word::DROPPED_RECORDS, self.dropped_records, Relaxed);
+            return None;
+        };
+        let mut put = |bytes: &[u8]| {
+            self.memory.write_bytes(at, bytes);
+            at += bytes.len().div_ceil(8);
+        };
+        if let Some(spans) = spans {
+            put(spans);
+        }
+        put(rows.experts);
+        if let Some(token_ids) = rows.token_ids {
+            put(bytemuck::must_cast_slice(token_ids));
+        }
+        put(bytemuck::must_cast_slice(rows.positions));
+        if let Some(weights) = rows.weights {
+            put(bytemuck::must_cast_slice(weights));
+        }
+        let batch = if spans.is_some() { index } else { self.batch_record.unwrap_or(index) };
+        let rows_before = self.rows_before;
+        self.rows_before += n as u64;
+        self.commit(&Descriptor {
+            kind: Kind::Step,
+            sections: sections | if spans.is_some() { section::SPANS } else { 0 },
+            rows: n as u32,
+            step,
+            time_ns,
+            position,
+            payload_words: words as u64,
+            batch,
+            rows_before,
+        });
+        Some(index)
+    }
+
+    fn publish_pending(&mut self) {
+        while let Some(event) = self.pending.pop_front() {
+            let words = event.len() / 8;
+            let Some(Reservation { index, at, position }) = self.reserve(words, OnFull::Drop) else {
+                self.pending.push_front(event);
+                return;
+            };
+            self.memory.write_bytes(at, &event);
+            self.commit(&Descriptor {
+                kind: Kind::Event,
+                sections: 0,
+                rows: 0,
+                step: self.steps,
+                time_ns: now_ns(),
+                position,
+                payload_words: words as u64,
+                batch: index,
+                rows_before: self.rows_before,
+            });
+        }
+    }
+
+    /// Whether a record may be overwritten soon, so that steps should no longer lean on it.
+    fn is_old(&self, record: u64) -> bool {
+        let geometry = &self.header.geometry;
+        let start = self.starts[(record % self.starts.len() as u64) as usize];
+        record < self.tail
+            || self.head - record >= geometry.descriptors as u64 / 2
+            || self.position - start >= geometry.ring_words as u64 / 2
+    }
+
+    /// Take the space of a record of `words` words, if there is room.
+    fn reserve(&mut self, words: usize, on_full: OnFull) -> Option<Reservation> {
+        let ring = self.header.geometry.ring_words as u64;
+        let in_lap = self.position % ring;
+        // A payload is contiguous: what would run over the ring's end begins at its start.
+        let position = if in_lap + words as u64 > ring { self.position - in_lap + ring } else { self.position };
+        let end = position + words as u64;
+        if !self.make_room(end) && !self.wait_for_room(end, on_full) {
+            return None;
+        }
+        let index = self.head;
+        self.head += 1;
+        self.position = end;
+        self.starts[(index % self.starts.len() as u64) as usize] = position;
+        self.memory.store(word::HEAD, self.head, Release);
+        Some(Reservation { index, at: self.header.geometry.ring(position), position })
+    }
+
+    /// Store the descriptor, and last the sequence number that makes the record visible. The record is the newest.
+    fn commit(&mut self, what: &Descriptor) {
+        let index = self.head - 1;
+        let at = self.header.geometry.descriptor(index);
+        what.store(&*self.memory, at);
+        // Pairs with the acquire load of the same word in `Reader::poll`: payload and descriptor come before it.
+        self.memory.store(at + descriptor::SEQUENCE, index + 1, Release);
+    }
+
+    /// Give away old records until the rings have room up to `end`; false if a lossless reader still needs one.
+    fn make_room(&mut self, end: u64) -> bool {
+        let (descriptors, ring) = (self.starts.len() as u64, self.header.geometry.ring_words as u64);
+        let before = self.tail;
+        let mut needed_by_reader = None;
+        while self.tail < self.head {
+            let oldest = self.starts[(self.tail % descriptors) as usize];
+            if self.head - self.tail < descriptors && end - oldest <= ring {
+                break;
+            }
+            let needed = *needed_by_reader.get_or_insert_with(|| self.oldest_needed());
+            if self.tail >= needed || !self.has_landed(self.tail) {
+                break;
+            }
+            self.tail += 1;
+        }
+        if self.tail > before {
+            // Readers must see that the records are gone before any word of them changes. The release fence pairs with
+            // the acquire fence in `Reader`: a reader that saw one of the words written below sees this tail.
+            self.memory.store(word::TAIL, self.tail, Relaxed);
+            self.memory.fence(Release);
+        }
+        if self.tail == self.head {
+            return true;
+        }
+        let oldest = self.starts[(self.tail % descriptors) as usize];
+        self.head - self.tail < descriptors && end - oldest <= ring
+    }
+
+    fn has_landed(&self, index: u64) -> bool {
+        let at = self.header.geometry.descriptor(index);
+        self.memory.load(at + descriptor::SEQUENCE, Acquire) == index + 1
+    }
+
+    /// The oldest record that a lossless reader still needs.
+    fn oldest_needed(&self) -> u64 {
+        let high = (self.memory.load(word::READER_HIGH, Acquire) as usize).min(crate::layout::READERS);
+        let mut needed = u64::MAX;
+        for at in (0..high).map(reader_entry) {
+            let owner = self.memory.load(at + entry::OWNER, Acquire);
+            if owner != 0 && owner != entry::CLAIMED && self.memory.load(at + entry::LOSSLESS, Relaxed) == 1 {
+                // Pairs with the release in `Reader::release`: what the reader read, it read before we overwrite it.
+                needed = needed.min(self.memory.load(at + entry::CURSOR, Acquire));
+            }
+        }
+        needed
+    }
+
+    #[cold]
+    fn wait_for_room(&mut self, end: u64, on_full: OnFull) -> bool {
+        let OnFull::Wait(timeout) = on_full else {
+            return false;
+        };
+        let deadline = Instant::now() + timeout;
+        loop {
+            std::thread::sleep(Duration::from_micros(50));
+            if self.make_room(end) {
+                return true;
+            }
+            if Instant::now() >= deadline {
+                return false;
+            }
+        }
+    }
+}
+
+/// The parts of `spans` within rows `first..end`, counted from `first`.
+fn clip(spans: &[Span], first: u32, end: u32) -> Vec<Span> {
+    let within = |span: &Span| {
+        let (from, to) = (span.first_row.max(first), (span.first_row + span.rows).min(end));
+        (from < to).then(|| Span { first_row: from - first, rows: to - from, ..span.clone() })
+    };
+    spans.iter().filter_map(within).collect()
+}
+
+/// Nanoseconds since the Unix epoch.
+pub(crate) fn now_ns() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_nanos() as u64)
+}

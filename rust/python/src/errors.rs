@@ -1,0 +1,33 @@
+//! Errors of the arena crate as Python exceptions: one base class, one subclass a cause.
+
+use expert_lens_arena::Error;
+use pyo3::create_exception;
+use pyo3::exceptions::{PyException, PyOSError, PyValueError};
+use pyo3::prelude::*;
+
+create_exception!(expert_lens._core, ExpertLensError, PyException, "Base class of every error of expert_lens.");
+create_exception!(expert_lens._core, ArenaError, ExpertLensError, "Something about an arena is not as it must be.");
+create_exception!(expert_lens._core, CaptureNotFoundError, ArenaError, "No capture of that name.");
+create_exception!(expert_lens._core, CaptureInUseError, ArenaError, "A live process publishes under that name.");
+create_exception!(expert_lens._core, ArenaSpaceError, ArenaError, "The shared memory has no room for the arena.");
+create_exception!(expert_lens._core, ArenaCorruptError, ArenaError, "The arena's contents contradict themselves.");
+create_exception!(expert_lens._core, ArenaVersionError, ArenaError, "The arena has another layout version.");
+create_exception!(expert_lens._core, ArenaPermissionError, ArenaError, "The arena is not this user's alone.");
+create_exception!(expert_lens._core, ReaderTableFullError, ArenaError, "Every reader entry of the arena is taken.");
+
+/// The Python exception for an error of the arena crate.
+pub fn to_python(error: Error) -> PyErr {
+    let message = error.to_string();
+    match error {
+        Error::CaptureNotFound { .. } => CaptureNotFoundError::new_err(message),
+        Error::CaptureInUse { .. } => CaptureInUseError::new_err(message),
+        Error::NoSpace { .. } => ArenaSpaceError::new_err(message),
+        Error::Version { .. } => ArenaVersionError::new_err(message),
+        Error::Corrupt { .. } => ArenaCorruptError::new_err(message),
+        Error::Permission { .. } => ArenaPermissionError::new_err(message),
+        Error::ReadersFull { .. } => ReaderTableFullError::new_err(message),
+        Error::Invalid { .. } => PyValueError::new_err(message),
+        Error::Io { .. } => PyOSError::new_err(message),
+        _ => ArenaError::new_err(message),
+    }
+}

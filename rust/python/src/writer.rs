@@ -1,0 +1,183 @@
+//! `_core.Writer`: the publishing end.
+
+use crate::errors::to_python;
+use crate::{directory_or_default, phase_of, seconds};
+use expert_lens_arena::{End, Facts, OnFull, Outcome, Publisher, Rows, Span};
+use half::f16;
+use numpy::{Element, PyReadonlyArray, PyReadonlyArray1, PyReadonlyArray3};
+use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use std::path::PathBuf;
+
+/// The publishing end of one arena.
+#[pyclass(module = "expert_lens._core")]
+pub struct Writer {
+    publisher: Option<Publisher>,
+    path: PathBuf,
+    waits: bool,
+    /// What `steps` and `dropped_tokens` say once it is closed.
+    last: (u64, u64),
+}
+
+type PySpan = (u64, String, u32, u32, u32, String);
+
+impl Writer {
+    fn open(&mut self) -> PyResult<&mut Publisher> {
+        self.publisher.as_mut().ok_or_else(|| {
+            PyRuntimeError::new_err("this writer is closed; attach again to publish under a new capture")
+        })
+    }
+}
+
+fn contiguous<'a, T: Element, D: numpy::ndarray::Dimension>(
+    name: &str,
+    array: &'a PyReadonlyArray<'_, T, D>,
+) -> PyResult<&'a [T]> {
+    array.as_slice().map_err(|_| PyValueError::new_err(format!("{name} is not C-contiguous; copy it first")))
+}
+
+/// Expert ids [n, L, K] as bytes.
+fn ids<'a, T: Element + bytemuck::Pod>(array: &'a PyReadonlyArray3<'_, T>, facts: &Facts) -> PyResult<&'a [u8]> {
+    let shape = numpy::PyUntypedArrayMethods::shape(&**array);
+    if shape[1..] != [facts.layers.len(), facts.top_k as usize] {
+        return Err(PyValueError::new_err(format!(
+            "experts has shape {shape:?}; it must be [n, {}, {}]",
+            facts.layers.len(),
+            facts.top_k
+        )));
+    }
+    Ok(bytemuck::cast_slice(contiguous("experts", array)?))
+}
+
+#[pymethods]
+impl Writer {
+    #[new]
+    #[pyo3(signature = (capture, *, layers, num_experts, top_k, rank=0, weights=false, arena_bytes=268_435_456,
+                        on_full="drop", wait_timeout=1.0, engine="", engine_version="", model="", directory=None))]
+    #[expect(clippy::too_many_arguments, reason = "they are the keyword arguments of the Python class")]
+    fn new(
+        capture: &str,
+        layers: Vec<u16>,
+        num_experts: u32,
+        top_k: u32,
+        rank: u32,
+        weights: bool,
+        arena_bytes: usize,
+        on_full: &str,
+        wait_timeout: f64,
+        engine: &str,
+        engine_version: &str,
+        model: &str,
+        directory: Option<PathBuf>,
+    ) -> PyResult<Self> {
+        let on_full = match on_full {
+            "drop" => OnFull::Drop,
+            "wait" => OnFull::Wait(seconds("wait_timeout", wait_timeout)?),
+            other => {
+                return Err(PyValueError::new_err(format!("on_full is '{other}'; it is 'drop' or 'wait'")));
+            }
+        };
+        let facts = Facts {
+            layers,
+            num_experts,
+            top_k,
+            weights,
+            rank,
+            engine: engine.into(),
+            engine_version: engine_version.into(),
+            model: model.into(),
+        };
+        let publisher = Publisher::create(&directory_or_default(directory), capture, arena_bytes, &facts, on_full)
+            .map_err(to_python)?;
+        let path = publisher.path().to_owned();
+        Ok(Self { publisher: Some(publisher), path, waits: on_full != OnFull::Drop, last: (0, 0) })
+    }
+
+    fn set_batch(&mut self, spans: Vec<PySpan>) -> PyResult<()> {
+        let span = |(number, request, first_row, rows, prompt_tokens, phase): PySpan| {
+            Ok(Span { number, request, first_row, rows, prompt_tokens, phase: phase_of(&phase)? })
+        };
+        let spans = spans.into_iter().map(span).collect::<PyResult<_>>()?;
+        self.open()?.set_batch(spans).map_err(to_python)
+    }
+
+    #[pyo3(signature = (experts, token_ids, positions, weights=None))]
+    fn publish(
+        &mut self,
+        py: Python<'_>,
+        experts: &Bound<'_, PyAny>,
+        token_ids: Option<PyReadonlyArray1<'_, u32>>,
+        positions: PyReadonlyArray1<'_, u32>,
+        weights: Option<PyReadonlyArray3<'_, f16>>,
+    ) -> PyResult<bool> {
+        let waits = self.waits;
+        let publisher = self.open()?;
+        let facts = publisher.facts();
+        let (narrow, wide): (PyReadonlyArray3<'_, u8>, PyReadonlyArray3<'_, u16>);
+        let wrong_type = |dtype: &str| {
+            let found = experts.getattr("dtype").map_or_else(|_| experts.get_type().to_string(), |d| d.to_string());
+            PyTypeError::new_err(format!(
+                "experts is {found}; for {} experts it must be {dtype} [n, L, K]",
+                facts.num_experts
+            ))
+        };
+        let experts = if facts.id_bytes() == 1 {
+            narrow = experts.extract().map_err(|_| wrong_type("uint8"))?;
+            ids(&narrow, facts)?
+        } else {
+            wide = experts.extract().map_err(|_| wrong_type("uint16"))?;
+            ids(&wide, facts)?
+        };
+        let token_ids = token_ids.as_ref().map(|array| contiguous("token_ids", array)).transpose()?;
+        let weights = weights.as_ref().map(|array| contiguous("weights", array)).transpose()?;
+        let rows = Rows {
+            experts,
+            token_ids,
+            positions: contiguous("positions", &positions)?,
+            weights: weights.map(bytemuck::cast_slice),
+        };
+        // The GIL is kept unless the writer may wait: to get it back could take longer than the copy.
+        let published = if waits { py.detach(|| publisher.publish(&rows)) } else { publisher.publish(&rows) };
+        Ok(published.map_err(to_python)?.dropped == 0)
+    }
+
+    #[pyo3(signature = (number, request, num_positions, state="finished"))]
+    fn finish(&mut self, number: u64, request: String, num_positions: u32, state: &str) -> PyResult<()> {
+        let outcome = match state {
+            "finished" => Outcome::Finished,
+            "aborted" => Outcome::Aborted,
+            other => {
+                return Err(PyValueError::new_err(format!("state is '{other}'; it is 'finished' or 'aborted'")));
+            }
+        };
+        self.open()?.finish(&End { number, request, num_positions, outcome }).map_err(to_python)
+    }
+
+    fn close(&mut self) {
+        if let Some(publisher) = self.publisher.take() {
+            self.last = (publisher.steps(), publisher.dropped_rows());
+        }
+    }
+
+    #[getter]
+    fn path(&self) -> String {
+        self.path.display().to_string()
+    }
+
+    #[getter]
+    fn steps(&self) -> u64 {
+        self.publisher.as_ref().map_or(self.last.0, |publisher| publisher.steps())
+    }
+
+    #[getter]
+    fn dropped_tokens(&self) -> u64 {
+        self.publisher.as_ref().map_or(self.last.1, |publisher| publisher.dropped_rows())
+    }
+
+    fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
+        let name = slf.get_type().qualname()?;
+        let this = slf.borrow();
+        let state = if this.publisher.is_some() { "" } else { " (closed)" };
+        Ok(format!("<{name} {}{state}>", this.path.display()))
+    }
+}
