@@ -1,0 +1,213 @@
+"""The Rust side of expert_lens: arenas, the writer's and the reader's end of the handoff, and the collector."""
+
+from collections.abc import Sequence
+from typing import Final, Literal, final
+
+import numpy as np
+import numpy.typing as npt
+
+from expert_lens.types import (
+    ArenaKey,
+    CaptureFacts,
+    CollectorStats,
+    ModelFacts,
+    Phase,
+    RequestColumns,
+    RequestRows,
+    RowBlock,
+    Span,
+)
+
+__version__: Final[str]
+LAYOUT_VERSION: Final[int]
+"""Version of the arena's memory layout; independent of the package's version."""
+DEBUG_BUILD: Final[bool]
+
+class ExpertLensError(Exception):
+    """Base class of every error that expert_lens raises."""
+
+class ArenaError(ExpertLensError):
+    """Something about an arena or a capture is not as it must be."""
+
+class CaptureNotFoundError(ArenaError):
+    """No capture of that name."""
+
+class CaptureInUseError(ArenaError):
+    """A live process already publishes under that name."""
+
+class ArenaSpaceError(ArenaError):
+    """The shared memory has no room for the arena."""
+
+class ArenaCorruptError(ArenaError):
+    """The arena's contents contradict themselves."""
+
+class ArenaVersionError(ArenaError):
+    """The arena's layout version is not the one that this build knows."""
+
+class ArenaPermissionError(ArenaError):
+    """The arena or its folder belongs to someone else or is open to others."""
+
+class ReaderTableFullError(ArenaError):
+    """Every reader entry of the arena is taken."""
+
+@final
+class Writer:
+    """The publishing end of one arena: one for a process, used by one thread at a time.
+
+    Raises CaptureInUseError, ArenaSpaceError, ArenaPermissionError when the arena cannot be created, and
+    ValueError for facts outside the layout's limits.
+    """
+
+    def __new__(
+        cls,
+        capture: str,
+        *,
+        layers: Sequence[int],
+        num_experts: int,
+        top_k: int,
+        rank: int = 0,
+        weights: bool = False,
+        arena_bytes: int = 268435456,
+        on_full: Literal["drop", "wait"] = "drop",
+        wait_timeout: float = 1.0,
+        engine: str = "",
+        engine_version: str = "",
+        model: str = "",
+        directory: str | None = None,
+    ) -> Writer: ...
+    def set_batch(self, spans: Sequence[Span]) -> None:
+        """State whose rows the next steps hold, until the next call.
+
+        Raises ValueError when spans overlap, or when an id is longer than 255 bytes.
+        """
+
+    def publish(
+        self,
+        experts: npt.NDArray[np.uint8] | npt.NDArray[np.uint16],
+        token_ids: npt.NDArray[np.uint32] | None,
+        positions: npt.NDArray[np.uint32],
+        weights: npt.NDArray[np.float16] | None = None,
+    ) -> bool:
+        """Publish one step: experts [n, L, K], u8 if the model has at most 256 experts, else u16; token_ids
+        [n] or None; positions [n]; weights [n, L, K] if the writer was made with weights. C-contiguous.
+
+        Returns False if any of the step's rows had to be dropped (they are counted). Never blocks unless
+        on_full="wait". Raises ValueError when shapes or dtypes are not these, or the batch's spans end past n.
+        """
+
+    def finish(
+        self,
+        number: int,
+        request: str,
+        num_positions: int,
+        state: Literal["finished", "aborted"] = "finished",
+    ) -> None:
+        """State that a request has ended and that its first num_positions positions count; rows past them are void.
+
+        An event that does not fit is kept and published with the next call.
+        """
+
+    def close(self) -> None:
+        """Mark the capture as ended and remove its file; readers that hold it keep what it holds."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def dropped_tokens(self) -> int: ...
+
+@final
+class Collector:
+    """Reads every arena of a capture in a thread of its own, into counts and requests.
+
+    lossless: the writers keep what is not read yet. memory_bytes: what the requests' rows may take; the oldest make
+    way. history: rows kept for counts over the last N. prompt: look for records every 20 us while they come, instead
+    of every 4 ms.
+
+    Raises CaptureNotFoundError, and the other ArenaErrors when an arena cannot be opened.
+    """
+
+    def __new__(
+        cls,
+        capture: str,
+        *,
+        directory: str | None = None,
+        lossless: bool = True,
+        memory_bytes: int = 1073741824,
+        history: int = 16384,
+        prompt: bool = True,
+    ) -> Collector: ...
+    @property
+    def facts(self) -> ModelFacts:
+        """What the first rank says of the model."""
+
+    @property
+    def tokens(self) -> int:
+        """Rows read so far; cheap."""
+
+    def sync(self, timeout: float = 1.0) -> bool:
+        """Read everything that was reserved before this call; False if not all of it landed within timeout seconds."""
+
+    def counts(self, phase: Phase | None = None, last: int | None = None) -> npt.NDArray[np.uint64]:
+        """Counts [L, E] of all rows or of the last `last`; ValueError if last is 0 or exceeds the history."""
+
+    def requests(self) -> RequestColumns: ...
+    def rows(self, request: str) -> RequestRows | None:
+        """A request's rows; None if it is not held."""
+
+    def was_evicted(self, request: str) -> bool:
+        """Whether the request was held and had to make room."""
+
+    def stats(self) -> CollectorStats: ...
+    def arenas(self) -> list[ArenaKey]:
+        """The arenas read, one a rank."""
+
+    def close(self) -> None: ...
+
+@final
+class RowStream:
+    """A lossless reader for a recorder: space is released only when the recorder says that the rows are durable.
+
+    resume: (rank, pid, start time, creation time, record) of arenas read before; reading goes on after that record.
+    """
+
+    def __new__(
+        cls,
+        capture: str,
+        *,
+        directory: str | None = None,
+        resume: Sequence[tuple[int, int, int, int, int]] = (),
+    ) -> RowStream: ...
+    def take(self, rows: int, timeout: float) -> RowBlock:
+        """Wait until there are `rows` rows, or `timeout` seconds are over, or a quarter of an arena is held."""
+
+    def release(self) -> None:
+        """Everything taken so far is durable: the writers may reuse its space."""
+
+    @property
+    def facts(self) -> ModelFacts: ...
+    @property
+    def skipped_records(self) -> int:
+        """Records that were gone when the stream resumed."""
+
+    @property
+    def dropped_tokens(self) -> int:
+        """Rows that the writers dropped since the stream began."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every publisher has ended, and everything they published was taken."""
+
+    def close(self) -> None: ...
+
+def captures(directory: str | None = None) -> list[CaptureFacts]:
+    """The arenas of this user, those of dead processes included."""
+
+def default_directory() -> str:
+    """$EXPERT_LENS_DIR, or /dev/shm/expert-lens-<uid>."""
+
+MISSING: Final[int]
+"""Phase of a position whose row is missing."""
+NO_TOKEN: Final[int]
+"""Token id of a row whose engine did not tell it."""

@@ -1,0 +1,426 @@
+"""Attaching to a transformers model: the hooks, and what each forward of it was."""
+
+import inspect
+import threading
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import transformers
+from torch import nn
+from torch.compiler import is_compiling
+
+from expert_lens._core import Writer
+from expert_lens.engines.transformers.continuous import ContinuousBatches
+from expert_lens.engines.transformers.generate import Columns, GenerateCall, follow_criteria
+from expert_lens.engines.transformers.layers import RoutedLayer, RoutedModel, find_routed_layers
+from expert_lens.engines.transformers.patch import MISSING, Patch, StandIn, forget_compiled_code, uncompiled
+from expert_lens.engines.transformers.plain import PlainForwards
+from expert_lens.engines.transformers.requests import RequestNames
+from expert_lens.errors import EngineHookError, SilentTapError, UnsupportedModelError
+from expert_lens.tap import Step, Tap
+
+__all__ = ["TransformersTap"]
+
+
+@dataclass(slots=True)
+class _Inputs:
+    """What the decoder was called with, as far as it tells whose rows the forward has."""
+
+    call: GenerateCall | None = None
+    packed: dict[str, Any] | None = None
+    """The keyword arguments, if this is a forward of continuous batching."""
+    token_ids: Any = None
+    shape: tuple[int, int] = (0, 0)
+    mask: Any = None
+    cache: Any = None
+    past: int = 0
+
+
+class _Local(threading.local):
+    call: GenerateCall | None = None
+
+
+class TransformersTap:
+    """A capture of a transformers model; `attach` makes one, `close` ends it.
+
+    `writer`: the writer that the rows go to. `facts`: what the writer was told of the model. `skipped_forwards`: how
+    many forwards gave no rows because their attention mask did not say which tokens are padding.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        capture: str,
+        *,
+        weights: bool,
+        arena_bytes: int,
+        on_full: Literal["drop", "wait"],
+        wait_timeout: float,
+        directory: str | None,
+    ) -> None:
+        model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+        routed = _attachable(model)
+        self.facts: dict[str, Any] = {
+            "layers": [layer.index for layer in routed.layers],
+            "num_experts": routed.num_experts,
+            "top_k": routed.top_k,
+            "weights": weights,
+            "engine": "transformers",
+            "engine_version": transformers.__version__,
+            "model": getattr(model.config, "name_or_path", "") or type(model).__name__,
+        }
+        self.writer = Writer(
+            capture,
+            arena_bytes=arena_bytes,
+            on_full=on_full,
+            wait_timeout=wait_timeout,
+            directory=directory,
+            **self.facts,
+        )
+        self.skipped_forwards = 0
+        self._tap = Tap(
+            self.writer,
+            layers=self.facts["layers"],
+            num_experts=routed.num_experts,
+            top_k=routed.top_k,
+            weights=weights,
+        )
+        self._model = model
+        self._layers = routed.layers
+        self._decoder_arguments = list(inspect.signature(routed.decoder.forward).parameters)
+        self._names = RequestNames()
+        self._local = _Local()
+        self._calls: set[GenerateCall] = set()
+        self._plain = PlainForwards(self._tap, self._names)
+        self._continuous = ContinuousBatches(self._tap, self._patch)
+        self._checked = False
+        self._closed = False
+        self._patches: list[Patch] = []
+        try:
+            self._hold_on(model, routed)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def error(self) -> Exception | None:
+        """Why the capture switched itself off, or None. The model goes on; rows from there on are missing."""
+        return self._tap.error
+
+    @property
+    def lost_tokens(self) -> int:
+        """Rows lost because too many threads published at the same time."""
+        return self._tap.lost_tokens
+
+    def request(self, name: str) -> AbstractContextManager[None]:
+        """Name the requests of the calls in this block: `name`, or `name.0`, `name.1`, ... for a batch.
+
+        A name used before gets `#2`, `#3`, ... appended. Raises OptionError for a name that cannot be used.
+        """
+        return self._names.named(name)
+
+    def close(self) -> None:
+        """Detach: remove every hook, state the end of what is running, close the writer. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._tap.active = False
+        for patch in self._patches:
+            patch.remove()
+        for call in list(self._calls):
+            call.finish("aborted")
+        self._plain.close()
+        self._continuous.close()
+        self._tap.close()
+
+    def _hold_on(self, model: Any, routed: RoutedModel) -> None:
+        for slot, layer in enumerate(routed.layers):
+            self._stand(_ExpertsForward(self._tap, slot, layer))
+        self._stand(_DecoderForward(self, routed.decoder))
+        if hasattr(model, "generate"):
+            self._generate_arguments = list(inspect.signature(model.generate).parameters)
+            self._patch(model, "generate", self._generate)
+            self._patch(model, "_get_stopping_criteria", self._get_stopping_criteria)
+            self._patch(model, "prepare_inputs_for_generation", self._prepare_inputs_for_generation)
+            self._patch(model, "init_continuous_batching", self._init_continuous_batching)
+        forget_compiled_code()
+
+    def _patch(self, owner: Any, name: str, handler: Callable[..., Any]) -> None:
+        self._stand(_FollowedMethod(owner, name, handler))
+
+    def _stand(self, stand_in: StandIn) -> None:
+        self._patches = [patch for patch in self._patches if patch.alive]
+        self._patches.append(Patch(stand_in))
+
+    # ---- what the model's methods do while attached ----
+
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._tap.active:
+            return original(*args, **kwargs)
+        arguments = {**kwargs, **dict(zip(self._generate_arguments, args, strict=False))}
+        call = GenerateCall(self._tap, self._names, arguments)
+        outer, self._local.call = self._local.call, call
+        self._calls.add(call)
+        state: Literal["finished", "aborted"] = "aborted"
+        try:
+            result = original(*args, **kwargs)
+            if self._tap.active:
+                state = "finished"
+                self._check_seen(call)
+            return result
+        finally:
+            self._local.call = outer
+            self._calls.discard(call)
+            call.finish(state)
+
+    def _get_stopping_criteria(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        criteria = original(*args, **kwargs)
+        call = self._local.call
+        if call is None or not self._tap.active:
+            return criteria
+        try:
+            call.set_mode(kwargs["generation_config"] if "generation_config" in kwargs else args[0])
+            return follow_criteria(criteria, call)
+        except Exception as error:
+            self._tap.fail(error)
+            return criteria
+
+    def _prepare_inputs_for_generation(
+        self, original: Callable[..., Any], input_ids: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        prepared = original(input_ids, *args, **kwargs)
+        call = self._local.call
+        if call is not None and not call.steady:
+            call.prepared(input_ids, kwargs.get("attention_mask"), prepared.get("input_ids"))
+        return prepared
+
+    def _init_continuous_batching(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        manager = original(*args, **kwargs)
+        if self._tap.active:
+            try:
+                self._continuous.add(manager, self._names.current())
+            except Exception as error:
+                self._tap.fail(error)
+        return manager
+
+    # ---- what a forward of the decoder does while attached ----
+
+    def forward_starts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The decoder is about to run with these arguments."""
+        step = self._tap.begin()
+        if step is None:
+            return
+        try:
+            call = self._local.call
+            if call is None or not call.decodes(kwargs.get("input_ids")):
+                step.inputs = self._read(call, args, kwargs)
+        except Exception as error:
+            self._tap.fail(error)
+
+    def forward_failed(self) -> None:
+        """The decoder has raised: what its layers handed over gives no rows."""
+        self._tap.end()
+
+    def forward_ends(self, output: Any) -> None:
+        """The decoder has run.
+
+        Raises SilentTapError or UnsupportedModelError, after detaching, if the first forward shows that the layers
+        do not give what they were taken to give.
+        """
+        step = self._tap.end()
+        if step is None:
+            return
+        if step.inputs is None:
+            try:
+                self._local.call.decoded(step)  # type: ignore[union-attr]
+            except Exception as error:
+                self._tap.fail(error)
+            return
+        inputs: _Inputs = step.inputs
+        try:
+            if not self._checked and not (inputs.call is not None and inputs.call.mode == "draft"):
+                self._check_layers(step)
+            self._publish(step, inputs, output)
+            self._checked = True
+        except (SilentTapError, UnsupportedModelError) as error:
+            if self._checked or inputs.packed is not None:  # the engine's own thread must not die of it
+                self._tap.fail(error)
+                return
+            self._tap.error = error
+            self.close()
+            raise
+        except Exception as error:
+            self._tap.fail(error)
+
+    def _read(self, call: GenerateCall | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Inputs:
+        named = {**dict(zip(self._decoder_arguments, args, strict=False)), **kwargs} if args else kwargs
+        if named.get("cache") is not None and "cu_seq_lens_q" in named:
+            return _Inputs(packed=named)
+        inputs = _Inputs(call=call, token_ids=named.get("input_ids"), mask=named.get("attention_mask"))
+        tokens = inputs.token_ids if inputs.token_ids is not None else named["inputs_embeds"]
+        inputs.shape = (tokens.shape[0], tokens.shape[1])
+        cache = named.get("past_key_values")
+        inputs.cache = cache if cache is not None else named.get("cache_params")
+        if inputs.cache is not None and (call is None or call.needs_past):
+            inputs.past = int(inputs.cache.get_seq_length())
+        return inputs
+
+    def _publish(self, step: Step, inputs: _Inputs, output: Any) -> None:
+        if inputs.packed is not None:
+            rows = self._continuous.rows(self._model, inputs.packed)
+            if rows is not None:
+                self._tap.publish(*self._tap.pack(step, inputs.packed["input_ids"].shape[1]), rows)
+            return
+        batch, width = inputs.shape
+        call = inputs.call
+        token_ids = inputs.token_ids
+        if token_ids is None and call is not None and call.prepared_tokens is not None:
+            token_ids = call.prepared_tokens if tuple(call.prepared_tokens.shape) == inputs.shape else None
+        tokens = token_ids.numpy() if token_ids is not None else None
+        columns = Columns(batch, width, inputs.past, inputs.cache is not None, tokens)
+        if call is not None:
+            starts = call.sequences is None
+            call.forwarded(step, columns)
+            if starts and call.sequences is not None and inputs.cache is not None:
+                self._plain.hold(inputs.cache, call.sequences, goes_on=False)
+        elif not self._plain.forwarded(step, columns, inputs.mask, inputs.cache, _returned_cache(output)):
+            self._skip(inputs.mask)
+
+    def _check_layers(self, step: Step) -> None:
+        silent = self._tap.silent_layers(step)
+        if silent:
+            names = ", ".join(f"{layer.index} ({layer.name})" for layer in self._layers if layer.index in silent)
+            raise SilentTapError(
+                f"{len(silent)} of {len(self._layers)} routed layers of {self.facts['model']} did not call their "
+                f"experts module in the first forward after attaching: {names}. Something replaces it (a fused "
+                "kernel, a compiled model); load the model without that. expert_lens has detached itself.",
+                silent,
+            )
+
+    def _check_seen(self, call: GenerateCall) -> None:
+        """After a generate call: its forwards must have come by here."""
+        if call.mode not in ("unknown", "draft") and call.num_forwards == 0:
+            layers = tuple(layer.index for layer in self._layers)
+            error = SilentTapError(
+                f"generate ran, but the decoder of {self.facts['model']} was not seen to run: routed layers {layers} "
+                "gave nothing. A model compiled before attaching runs past module hooks; attach first. "
+                "expert_lens has detached itself.",
+                layers,
+            )
+            self._tap.error = error
+            self.close()
+            raise error
+
+    def _skip(self, mask: Any) -> None:
+        self.skipped_forwards += 1
+        if self.skipped_forwards == 1:
+            with suppress(Warning):
+                warnings.warn(
+                    "expert_lens gives no rows for a forward whose attention mask "
+                    f"({getattr(mask, 'shape', type(mask).__name__)}) does not say which tokens are padding. "
+                    "Pass a mask of shape [batch, cached + new tokens], or none.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+
+
+class _FollowedMethod(StandIn):
+    """A method whose calls go through `handler(original, *args, **kwargs)`."""
+
+    def __init__(self, owner: Any, name: str, handler: Callable[..., Any]) -> None:
+        super().__init__(owner, name)
+        self.handler = handler
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.removed:
+            return self.call_original(*args, **kwargs)
+        return self.handler(self.call_original, *args, **kwargs)
+
+
+class _ExpertsForward(StandIn):
+    """The forward of a routed layer's experts: hands what it is called with to the tap."""
+
+    def __init__(self, tap: Tap, slot: int, layer: RoutedLayer) -> None:
+        super().__init__(layer.experts, "forward")
+        self.tap = tap
+        self.slot = slot
+        self.layer = layer
+        self.hand_over = tap.layer
+        self.note_uncompiled = uncompiled(self.note)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling():
+            self.note_uncompiled(args, kwargs)
+        elif len(args) > 2:
+            self.hand_over(self.slot, args[1], args[2])
+        else:
+            self.note(args, kwargs)
+        if self.replaced is not MISSING:
+            return self.replaced(*args, **kwargs)  # type: ignore[operator]
+        return type(self.owner).forward(self.owner, *args, **kwargs)
+
+    def note(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Have the tap keep a reference to the ids and weights, however they are passed."""
+        try:
+            ids = args[1] if len(args) > 1 else kwargs[self.layer.id_name]
+            weights = args[2] if len(args) > 2 else kwargs[self.layer.weight_name]
+            self.hand_over(self.slot, ids, weights)
+        except Exception as error:
+            self.tap.fail(error)
+
+
+class _DecoderForward(StandIn):
+    """The forward of the text decoder: begins a step, and publishes it when all has gone well."""
+
+    def __init__(self, capture: TransformersTap, decoder: nn.Module) -> None:
+        super().__init__(decoder, "forward")
+        self.capture = capture
+        self.starts_uncompiled = uncompiled(capture.forward_starts)
+        self.ends_uncompiled = uncompiled(capture.forward_ends)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling():
+            self.starts_uncompiled(args, kwargs)
+            output = self.call_original(*args, **kwargs)
+            self.ends_uncompiled(output)
+            return output
+        self.capture.forward_starts(args, kwargs)
+        try:
+            output = self.call_original(*args, **kwargs)
+        except BaseException:
+            self.capture.forward_failed()
+            raise
+        self.capture.forward_ends(output)
+        return output
+
+
+def _attachable(model: Any) -> RoutedModel:
+    """The model's routed layers, if this model can be attached to now."""
+    routed = find_routed_layers(model)
+    taken = vars(routed.decoder).get("forward")
+    if isinstance(taken, _DecoderForward) and not taken.removed:
+        raise EngineHookError(
+            f"this {type(model).__name__} is already attached, and published to {taken.capture.writer.path}. "
+            "Close that capture first."
+        )
+    for layer in routed.layers:
+        for parameter in layer.experts.parameters():
+            if parameter.device.type not in ("cpu", "meta"):
+                raise UnsupportedModelError(
+                    f"{layer.name} of {type(model).__name__} is on {parameter.device}; this version captures models on "
+                    "the CPU."
+                )
+    return routed
+
+
+def _returned_cache(output: Any) -> Any:
+    """The cache that a forward returned, if any."""
+    cache = getattr(output, "past_key_values", None)
+    if cache is None and isinstance(output, tuple):
+        return next((part for part in output if hasattr(part, "get_seq_length")), None)
+    return cache
+
+

@@ -1,0 +1,265 @@
+"""Following one `generate` call: which rows of each forward belong to which sequence, and when each has ended."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+
+from expert_lens.engines.transformers.requests import RequestNames, Sequences, join_rows, real_tokens
+from expert_lens.errors import EngineHookError
+from expert_lens.tap import Rows, Step, Tap
+
+if TYPE_CHECKING:
+    from expert_lens._core import Phase
+
+__all__ = ["Columns", "GenerateCall", "follow_criteria"]
+
+Mode = Literal["unknown", "rows", "assisted", "anonymous", "draft"]
+
+UNKNOWN_RELEASE = (
+    "this release of transformers is not known to expert_lens. Use one from 5.16 to 5.23, or a newer expert_lens."
+)
+
+
+@dataclass(slots=True)
+class Columns:
+    """What one forward ran over: `batch` rows by `width` columns, after `past` columns held by the cache.
+
+    `tokens`: their ids [batch, width], or None if the model was given embeddings.
+    """
+
+    batch: int
+    width: int
+    past: int
+    has_cache: bool
+    tokens: npt.NDArray[Any] | None
+
+
+@dataclass(slots=True)
+class _Held:
+    """A packed forward of assisted generation that waits to hear which of its tokens are accepted."""
+
+    experts: npt.NDArray[Any]
+    weights: npt.NDArray[np.float16] | None
+    columns: Columns
+    real: npt.NDArray[np.bool_]
+    offset: int
+    """What must be added to an index into `input_ids` to get a column of the cache."""
+
+
+class GenerateCall:
+    """One `generate` call of the model, in one thread.
+
+    Its mode is known when the engine makes the stopping criteria, just before the first forward:
+    `rows` (greedy, sampling): a row of the batch is a sequence; `assisted`: one sequence, of whose forwards the last
+    tokens may be rejected; `anonymous` (beam search, and what else moves sequences between rows): counted, kept for
+    no request; `draft` (the model drafts for itself): no rows.
+    """
+
+    def __init__(self, tap: Tap, names: RequestNames, arguments: dict[str, Any]) -> None:
+        self.mode: Mode = "unknown"
+        self.num_forwards = 0
+        self.sequences: Sequences | None = None
+        self.mask: Any = None
+        """The attention mask [B, columns] of the coming forward."""
+        self.prepared_tokens: Any = None
+        """The token ids [B, width] of the coming forward."""
+        self.steady = False
+        """Whether the call has come to decode one token a forward for each row, over a cache."""
+        self._step_shape = (0, 1)
+        self._step_tokens: Any = None
+        self._tap = tap
+        self._names = names
+        self._assistant = arguments.get("assistant_model")
+        self._custom = arguments.get("custom_generate") is not None
+        self._prompt = arguments.get("inputs", arguments.get("input_ids"))
+        self._prompt_mask = arguments.get("attention_mask")
+        self._total = 0
+        self._decoding = False
+        self._checked = False
+        self._held: _Held | None = None
+        self._first = True
+
+    @property
+    def needs_past(self) -> bool:
+        """Whether where the coming forward stands must be read from the cache."""
+        return self.sequences is None or self.mode == "assisted"
+
+    def set_mode(self, generation_config: Any) -> None:
+        """Learn from the prepared generation config what kind of generation this is."""
+        mode = generation_config.get_generation_mode(self._assistant)
+        if getattr(generation_config, "is_assistant", False):
+            self.mode = "draft"
+        elif not self._custom and mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            self.mode = "rows"
+        elif not self._custom and mode is GenerationMode.ASSISTED_GENERATION:
+            self.mode = "assisted"
+        else:
+            self.mode = "anonymous"
+
+    def prepared(self, input_ids: Any, mask: Any, tokens: Any) -> None:
+        """The engine prepares a forward: all ids so far, the mask over all columns, the ids to be forwarded."""
+        self._total = input_ids.shape[1] if input_ids is not None else 0
+        self.mask = mask
+        self.prepared_tokens = tokens
+
+    def forwarded(self, step: Step, columns: Columns) -> None:
+        """Publish a forward's rows, or hold them until it is known which count.
+
+        Raises EngineHookError when the engine does not go the way that is followed here.
+        """
+        self.num_forwards += 1
+        if self.mode == "draft":
+            return
+        if self.mode == "unknown" and not self._custom:
+            raise EngineHookError(
+                f"generate reached its first forward without calling _get_stopping_criteria: {UNKNOWN_RELEASE}"
+            )
+        rows = self._rows(columns) if self.mode != "assisted" else self._hold(step, columns)
+        if rows is not None:
+            self._tap.publish(*self._tap.pack(step, columns.batch * columns.width), rows)
+
+    def criteria_called(self, length: int, done: list[bool]) -> None:
+        """The engine has chosen tokens, `length` in each sequence by now, and found which sequences end with them."""
+        self._decoding = True
+        self._checked = True
+        if self._held is not None:
+            held, self._held = self._held, None
+            self._publish_accepted(held, length)
+        if self.sequences is not None and self.mode in ("rows", "assisted"):
+            self.sequences.mark_done(done)
+
+    def fail(self, error: Exception) -> None:
+        """Switch the capture off because of this error."""
+        self._tap.fail(error)
+
+    def finish(self, state: Literal["finished", "aborted"]) -> None:
+        """The call is over: so are its sequences."""
+        if self.sequences is not None:
+            self.sequences.finish(self._tap, state)
+
+    def decodes(self, token_ids: Any) -> bool:
+        """Whether a forward of these ids is a usual decoding step: one token for each row, over a cache.
+
+        If so, `decoded` is all that it needs.
+        """
+        if not self.steady or token_ids is None or token_ids.shape != self._step_shape:
+            return False
+        self._step_tokens = token_ids
+        return True
+
+    def decoded(self, step: Step) -> None:
+        """Publish the rows of a usual decoding step."""
+        self.num_forwards += 1
+        sequences = self.sequences
+        assert sequences is not None
+        if self._expects_token(sequences):
+            rows = sequences.take_next(self._step_tokens.numpy())
+            self._tap.publish(*self._tap.pack(step, self._step_shape[0]), rows)
+
+    def _expects_token(self, sequences: Sequences) -> bool:
+        """Whether any row does, in a forward after the engine has asked the stopping criteria."""
+        if sequences.all_done():
+            return False
+        if not self._checked:
+            raise EngineHookError(
+                f"generate forwarded twice without asking which sequences have ended: {UNKNOWN_RELEASE}"
+            )
+        self._checked = False
+        return True
+
+    def _rows(self, columns: Columns) -> Rows | None:
+        sequences = self.sequences if self.sequences is not None else self._start(columns)
+        skip = 0 if columns.has_cache else sequences.columns
+        width = columns.width - skip
+        phase: Phase = "prefill"
+        real = None
+        if self._decoding:
+            phase = "decode"
+            if not self._expects_token(sequences):
+                return None
+            if columns.width == 1:
+                self.steady = columns.has_cache and self.mode == "rows" and columns.tokens is not None
+                self._step_shape = (columns.batch, 1)
+                return sequences.take_next(columns.tokens)
+        if phase == "prefill" or width > 1:
+            real = self._real(sequences.columns, width)
+        return sequences.take(real, columns.tokens, width, phase, skip=skip)
+
+    def _start(self, columns: Columns) -> Sequences:
+        told = real_tokens(self.mask, columns.past, columns.width)
+        before = None if told is None else told[0]
+        first_position = np.full(columns.batch, columns.past) if before is None else before
+        ids = None if self.mode == "anonymous" else self._names.make(columns.batch)
+        sequences = self.sequences = Sequences(ids, first_position, columns.past)
+        if columns.past == 0:
+            sequences.expect_prompt(self._expected_prompt(columns.batch))
+        return sequences
+
+    def _expected_prompt(self, batch: int) -> npt.NDArray[np.int64] | None:
+        """How many tokens each prompt has, as far as the call's arguments say; a chunk of it does not."""
+        prompt, mask = self._prompt, self._prompt_mask
+        if getattr(prompt, "ndim", 0) != 2 or batch % prompt.shape[0]:
+            return None
+        if mask is not None and tuple(mask.shape) == tuple(prompt.shape):
+            return np.repeat((mask.detach().cpu().numpy() != 0).sum(1), batch // prompt.shape[0])
+        return np.full(batch, prompt.shape[1]) if mask is None and self.mask is None else None
+
+    def _real(self, past: int, width: int) -> npt.NDArray[np.bool_] | None:
+        told = real_tokens(self.mask, past, width)
+        if told is None:
+            raise EngineHookError(
+                f"generate forwarded columns {past} to {past + width} under an attention mask of shape "
+                f"{tuple(getattr(self.mask, 'shape', ()))}, which does not say which of them are padding."
+            )
+        return told[1]
+
+    def _hold(self, step: Step, columns: Columns) -> None:
+        sequences = self.sequences if self.sequences is not None else self._start(columns)
+        if columns.past != sequences.columns:
+            raise EngineHookError(
+                f"assisted generation forwarded from column {columns.past}, expected {sequences.columns}: "
+                f"{UNKNOWN_RELEASE}"
+            )
+        real = self._real(columns.past, columns.width)
+        if real is None:
+            real = np.ones((columns.batch, columns.width), dtype=np.bool_)
+        experts, weights = self._tap.pack(step, columns.batch * columns.width)
+        offset = columns.past + columns.width - self._total
+        self._held = _Held(experts, weights, columns, real, offset)
+
+    def _publish_accepted(self, held: _Held, length: int) -> None:
+        """Publish the rows of the tokens that are in the sequence now; the last of these is still to be forwarded."""
+        sequences, columns = self.sequences, held.columns
+        assert sequences is not None
+        accepted = length - 1 + held.offset - columns.past
+        prompt = 0
+        if self._first:
+            self._first = False
+            known = getattr(self._prompt, "ndim", 0) == 2
+            prompt = self._prompt.shape[1] + held.offset - columns.past if known else accepted
+        index = np.arange(columns.width)
+        first = sequences.take(held.real & (index < prompt), columns.tokens, columns.width, "prefill")
+        second = sequences.take(
+            held.real & (index >= prompt) & (index < accepted), columns.tokens, columns.width, "decode"
+        )
+        sequences.move(columns.past + accepted)
+        self._tap.publish(held.experts, held.weights, join_rows(first, second))
+
+
+def follow_criteria(criteria: Any, call: GenerateCall) -> Any:
+    """The same stopping criteria, telling the call what they found each time they are asked."""
+
+    class FollowedCriteria(StoppingCriteriaList):  # type: ignore[misc]
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            done = super().__call__(input_ids, scores, **kwargs)
+            try:
+                call.criteria_called(input_ids.shape[1], done.tolist())
+            except Exception as error:  # ours: the generation must go on
+                call.fail(error)
+            return done
+
+    return FollowedCriteria(criteria)

@@ -1,0 +1,289 @@
+"""Numbers and names of requests, and which position of which request each row of a forward is."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from expert_lens.errors import OptionError
+from expert_lens.tap import Rows, Tap
+
+if TYPE_CHECKING:
+    from expert_lens._core import Phase, Span
+
+__all__ = ["RequestNames", "Sequences", "join_rows", "next_number", "real_tokens"]
+
+MAX_NAME_BYTES = 200
+MAX_REMEMBERED_NAMES = 65536
+"""Names whose use is remembered, so that a name used again gets `#2`; the oldest are forgotten."""
+
+Mask = npt.NDArray[np.bool_]
+
+_numbers = itertools.count(1)
+_current_names: ContextVar[dict[int, str] | None] = ContextVar("expert_lens_request_names", default=None)
+
+
+def next_number() -> int:
+    """A request number that no other request of this process has."""
+    return next(_numbers)
+
+
+class RequestNames:
+    """The ids of one capture's requests: `"{call}.{row}"`, or from the name given by `named`."""
+
+    def __init__(self) -> None:
+        self._calls = itertools.count()
+        self._uses: OrderedDict[str, int] = OrderedDict()
+
+    @contextmanager
+    def named(self, name: str) -> Iterator[None]:
+        """Calls of this thread (and asyncio task) inside the block are named `name`.
+
+        Raises OptionError for a name that is empty, too long, or looks like one that is made.
+        """
+        if not name or len(name.encode()) > MAX_NAME_BYTES or re.fullmatch(r"\d+\.\d+", name):
+            raise OptionError(
+                f"a request cannot be named {name!r}: a name has 1 to {MAX_NAME_BYTES} bytes of UTF-8 and is not of "
+                "the form '0.3', which is made for requests without a name."
+            )
+        token = _current_names.set({**(_current_names.get() or {}), id(self): name})
+        try:
+            yield
+        finally:
+            _current_names.reset(token)
+
+    def current(self) -> str | None:
+        """The name that holds here, if any."""
+        names = _current_names.get()
+        return names.get(id(self)) if names else None
+
+    def make(self, num_rows: int) -> list[str]:
+        """The ids of a call with so many rows."""
+        name = self.current()
+        if name is None:
+            call = next(self._calls)
+            return [f"{call}.{row}" for row in range(num_rows)]
+        if num_rows == 1:
+            return [self._unique(name)]
+        return [self._unique(f"{name}.{row}") for row in range(num_rows)]
+
+    def _unique(self, name: str) -> str:
+        uses = self._uses.pop(name, 0) + 1
+        self._uses[name] = uses
+        if len(self._uses) > MAX_REMEMBERED_NAMES:
+            self._uses.popitem(last=False)
+        return name if uses == 1 else f"{name}#{uses}"
+
+
+def real_tokens(mask: Any, past: int, width: int) -> tuple[npt.NDArray[np.int64] | None, Mask | None] | None:
+    """What an attention mask says of the columns [past, past + width).
+
+    Gives the number of real tokens before them, [B], or None if the mask does not reach back so far, and which of
+    them are real, [B, width], or None if there is no padding. The whole is None if the mask (4-D, a dict, another
+    width) does not tell.
+    """
+    if mask is None:
+        return None, None
+    if getattr(mask, "ndim", 0) != 2:
+        return None
+    columns = mask.shape[1]
+    if columns == past + width:
+        flags = mask.detach().cpu().numpy() != 0
+        return flags[:, :past].sum(1), flags[:, past:]
+    if columns == width:
+        return None, mask.detach().cpu().numpy() != 0
+    return None
+
+
+@dataclass(slots=True)
+class _Decode:
+    """What stays the same from one decoded token to the next, and where it has come."""
+
+    spans: list[Span]
+    positions: npt.NDArray[np.uint32]
+    kept: npt.NDArray[np.intp] | None
+    alive: npt.NDArray[np.intp]
+    num_taken: int = 0
+
+
+class Sequences:
+    """The sequences of one call, a row of the batch each, and how far each has come.
+
+    `first_position` [B] is where each one starts: what a cache held before is not ours, and missing. Anonymous
+    sequences are counted and kept for no request.
+    """
+
+    def __init__(
+        self, ids: list[str] | None, first_position: npt.NDArray[np.int64], columns: int
+    ) -> None:
+        self.ids = ids
+        self.numbers = [next_number() for _ in ids] if ids is not None else []
+        self._next_position = first_position.astype(np.int64)
+        self._columns = columns
+        self.prompt_tokens = self._next_position.copy()
+        self.ended = False
+        self._done = np.zeros(len(self._next_position), dtype=np.bool_)
+        self._num_done = 0
+        self._decode: _Decode | None = None
+
+    def __len__(self) -> int:
+        return len(self._done)
+
+    @property
+    def next_position(self) -> npt.NDArray[np.int64]:
+        """Where each row's next token comes, [B]."""
+        self._settle()
+        return self._next_position
+
+    @property
+    def columns(self) -> int:
+        """Columns of the batch that have been forwarded, padding included."""
+        self._settle()
+        return self._columns
+
+    def move(self, columns: int, next_position: npt.NDArray[np.int64] | None = None) -> None:
+        """Go on from this column, and position in each row: what comes after was cut from the cache."""
+        self._settle()
+        self._decode = None
+        self._columns = columns
+        if next_position is not None:
+            self._next_position[:] = next_position
+
+    @property
+    def padding(self) -> npt.NDArray[np.int64]:
+        """Columns of each row that held no token of it."""
+        return self.columns - self.next_position
+
+    def expect_prompt(self, tokens: npt.NDArray[np.int64] | None) -> None:
+        """Each prompt will have so many tokens; without this, what was prefilled so far is taken for the prompt."""
+        if tokens is not None:
+            self.prompt_tokens = tokens.astype(np.int64)
+
+    def all_done(self) -> bool:
+        """Whether no row expects a token."""
+        return self._num_done == len(self._done)
+
+    def mark_done(self, done: list[bool]) -> None:
+        """These rows have their last token: what is fed to them from now on is padding."""
+        if True not in done:
+            return
+        self._settle()
+        self._done |= np.array(done)
+        if (num_done := int(self._done.sum())) != self._num_done:
+            self._num_done = num_done
+            self._decode = None
+
+    def take(
+        self, real: Mask | None, tokens: npt.NDArray[Any] | None, width: int, phase: Phase, *, skip: int = 0
+    ) -> Rows:
+        """The rows of a forward over [B, skip + width] columns, of which the first `skip` were seen before.
+
+        `real` [B, width]: which are tokens; None: all. `tokens` [B, skip + width].
+        """
+        batch = len(self)
+        self._settle()
+        if real is None:
+            real = np.ones((batch, width), dtype=np.bool_)
+        if self._num_done:
+            real = real & ~self._done[:, None]
+        counts = real.sum(1)
+        positions = (self._next_position[:, None] + real.cumsum(1) - 1)[real]
+        self._next_position += counts
+        self._columns += width
+        if phase == "prefill":
+            np.maximum(self.prompt_tokens, self._next_position, out=self.prompt_tokens, where=counts > 0)
+        self._decode = None
+        everything = skip == 0 and positions.size == batch * width
+        kept = None if everything else _flat_index(real, skip)
+        return Rows(
+            self._spans(counts, phase),
+            positions.astype(np.uint32),
+            None if tokens is None else tokens[:, skip : skip + width][real].astype(np.uint32),
+            kept,
+        )
+
+    def take_next(self, tokens: npt.NDArray[Any] | None) -> Rows:
+        """The rows of a forward over one column, [B, 1]: one token of each row that is not done."""
+        if self._decode is None:
+            self._decode = self._prepare_decode()
+        decode = self._decode
+        positions = decode.positions
+        decode.positions = positions + 1  # a new array: the writer may still hold the old one
+        decode.num_taken += 1
+        if tokens is None:
+            return Rows(decode.spans, positions, None, decode.kept)
+        column = tokens.astype(np.uint32).reshape(-1)
+        return Rows(decode.spans, positions, column if decode.kept is None else column[decode.kept], decode.kept)
+
+    def _prepare_decode(self) -> _Decode:
+        alive = np.flatnonzero(~self._done)
+        spans = self._spans((~self._done).astype(np.int64), "decode")
+        kept = alive if self._num_done else None
+        return _Decode(spans, self.next_position[alive].astype(np.uint32), kept, alive)
+
+    def _settle(self) -> None:
+        """Count what `take_next` has taken."""
+        decode = self._decode
+        if decode is not None and decode.num_taken:
+            self._next_position[decode.alive] += decode.num_taken
+            self._columns += decode.num_taken
+            decode.num_taken = 0
+
+    def finish(self, tap: Tap, state: Literal["finished", "aborted"]) -> None:
+        """State the end of each sequence, once; those that had their last token have finished in any case.
+
+        Once the capture has switched itself off it no longer knows their ends: all are aborted where it lost them.
+        """
+        if self.ended:
+            return
+        self.ended = True
+        lost = tap.error is not None
+        next_position = self.next_position
+        for row, (number, request) in enumerate(zip(self.numbers, self.ids or (), strict=True)):
+            row_state = "aborted" if lost else "finished" if self._done[row] else state
+            tap.finish(number, request, int(next_position[row]), row_state)
+
+    def _spans(self, counts: npt.NDArray[np.int64], phase: Phase) -> list[Span]:
+        if self.ids is None:
+            return [(0, "", 0, int(counts.sum()), 0, phase)]
+        spans: list[Span] = []
+        first_row = 0
+        for row, count in enumerate(counts.tolist()):
+            if count:
+                prompt_tokens = int(self.prompt_tokens[row])
+                spans.append((self.numbers[row], self.ids[row], first_row, count, prompt_tokens, phase))
+                first_row += count
+        return spans
+
+
+def join_rows(first: Rows, second: Rows) -> Rows:
+    """The rows of one forward, taken in two parts of different phases."""
+    if not len(second.positions):
+        return first
+    if not len(first.positions):
+        return second
+    assert first.kept is not None and second.kept is not None
+    shift = len(first.positions)
+    spans = [*first.spans, *((n, i, row + shift, rows, prompt, phase) for n, i, row, rows, prompt, phase in second.spans)]
+    tokens = (
+        None
+        if first.token_ids is None or second.token_ids is None
+        else np.concatenate([first.token_ids, second.token_ids])
+    )
+    positions = np.concatenate([first.positions, second.positions])
+    return Rows(spans, positions, tokens, np.concatenate([first.kept, second.kept]))
+
+
+def _flat_index(real: Mask, skip: int) -> npt.NDArray[np.intp]:
+    """Where the real tokens of columns [skip, skip + width) lie in the flattened batch."""
+    rows, columns = np.nonzero(real)
+    return rows * (skip + real.shape[1]) + skip + columns

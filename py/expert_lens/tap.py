@@ -1,0 +1,253 @@
+"""The tap: holds one forward's top-k tensors and hands them, packed once, to the writer.
+
+A forward goes `begin` → `layer` for each routed layer → `end` → `publish`. `layer` keeps a reference and does
+nothing else; `pack` makes the one concatenation and cast. What is held belongs to the thread that runs the forward, so
+several threads may run the model at once. Nothing here waits: a thread that finds another one publishing leaves
+its step in a short queue, and that other thread publishes it.
+
+This module is imported into the engine's process and imports nothing but torch, numpy and the extension.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from expert_lens.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from expert_lens._core import Span, Writer
+
+__all__ = ["Rows", "Step", "Tap"]
+
+MAX_WAITING_STEPS = 64
+"""Steps that wait at most while another thread publishes; further ones are lost, and counted."""
+
+Indices = npt.NDArray[np.intp]
+U32 = npt.NDArray[np.uint32]
+
+
+class Step:
+    """What one forward has handed over: references to its top-k tensors, a slot a routed layer."""
+
+    __slots__ = ("experts", "inputs", "weights")
+
+    def __init__(self, num_layers: int) -> None:
+        self.experts: list[torch.Tensor | None] = [None] * num_layers
+        self.weights: list[torch.Tensor | None] = []
+        """As `experts`; empty unless weights are captured."""
+        self.inputs: Any = None
+        """What the engine's side needs to know again at the end of the forward; the tap does not look at it."""
+
+
+class Rows:
+    """Whose rows a step holds: what `publish` needs besides the experts.
+
+    `spans`: as in `Writer.set_batch`, over the kept rows. `positions`: u32 [n], of the kept rows. `token_ids`: u32
+    [n] or None. `kept`: indices of the kept rows among the forward's rows, in order; None if all are kept.
+    """
+
+    __slots__ = ("kept", "positions", "spans", "token_ids")
+
+    def __init__(
+        self, spans: Sequence[Span], positions: U32, token_ids: U32 | None, kept: Indices | None = None
+    ) -> None:
+        self.spans = spans
+        self.positions = positions
+        self.token_ids = token_ids
+        self.kept = kept
+
+
+class _Current(threading.local):
+    step: Step | None = None
+
+
+class Tap:
+    """Packs forwards and publishes them through a writer.
+
+    `layers`: the model's indices of the routed layers, ascending; slot `i` of a step belongs to `layers[i]`.
+    """
+
+    def __init__(
+        self, writer: Writer, *, layers: Sequence[int], num_experts: int, top_k: int, weights: bool = False
+    ) -> None:
+        self.writer = writer
+        self.layers = tuple(layers)
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.weights = weights
+        self.active = True
+        """False once the capture has switched itself off, or was closed."""
+        self.error: Exception | None = None
+        """Why the capture switched itself off; None while all is well."""
+        self.lost_tokens = 0
+        """Rows lost because MAX_WAITING_STEPS steps waited for another thread that was publishing."""
+        self._dtype = torch.uint8 if num_experts <= 256 else torch.uint16
+        self._narrow = num_experts not in (256, 65536)
+        self._checked = False
+        self._current = _Current()
+        self._batch: Sequence[Span] | None = None
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._turn = threading.Lock()
+
+    def begin(self) -> Step | None:
+        """Start to hold a forward of this thread; None if the capture is off. A forward left behind is dropped."""
+        step = None
+        if self.active:
+            step = Step(len(self.layers))
+            if self.weights:
+                step.weights = [None] * len(self.layers)
+        self._current.step = step
+        return step
+
+    def layer(self, slot: int, topk_ids: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Keep a reference to one layer's ids [n, K] and, if captured, weights [n, K] or [n, E].
+
+        Outside a forward (another model's, or a recomputation in the backward pass) this does nothing.
+        """
+        step = self._current.step
+        if step is None:
+            return
+        if step.experts[slot] is not None:
+            self._refuse_second_call(slot)
+            return
+        step.experts[slot] = topk_ids
+        if step.weights:
+            step.weights[slot] = weights
+
+    def end(self) -> Step | None:
+        """Stop holding: this thread's step, or None if there is none (capture off, or not begun)."""
+        current = self._current
+        step = current.step
+        if step is not None:
+            current.step = None
+        return step
+
+    def _refuse_second_call(self, slot: int) -> None:
+        self._current.step = None
+        self.fail(
+            UnsupportedModelError(
+                f"layer {self.layers[slot]} called its experts twice in one forward, so rows cannot be told "
+                "apart; rows from here on are missing. Please report the model's class."
+            )
+        )
+
+    def silent_layers(self, step: Step) -> tuple[int, ...]:
+        """The layers that did not hand over anything in this step."""
+        return tuple(layer for layer, ids in zip(self.layers, step.experts, strict=True) if ids is None)
+
+    def pack(self, step: Step, num_rows: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.float16] | None]:
+        """The step's experts [num_rows, L, K], u8 or u16, and weights f16 of the same shape or None.
+
+        Raises UnsupportedModelError when ids have another shape, or lie outside 0 .. num_experts - 1.
+        """
+        try:
+            wide = torch.cat(step.experts, dim=-1)  # type: ignore[arg-type]  # [n, L * K], or [B, S, L * K]
+        except TypeError:
+            if not (silent := self.silent_layers(step)):
+                raise
+            raise UnsupportedModelError(
+                f"layers {silent} gave no experts in this forward; rows from here on are missing."
+            ) from None
+        if not self._checked or not self._narrow:
+            self._check(step, wide, num_rows)
+        experts = wide.to(self._dtype).numpy().reshape(num_rows, len(self.layers), self.top_k)
+        return experts, self._pack_weights(step, experts.shape) if step.weights else None
+
+    def _check(self, step: Step, wide: torch.Tensor, num_rows: int) -> None:
+        """Refuse ids of another shape than [num_rows, K], and ids that are no expert's.
+
+        Where the packed type shows every id past the last expert, the reader refuses those, so that one look at the
+        first step is enough here; where 256 or 65536 experts fill the type, it would show them as others.
+        """
+        if wide.shape[-1] != len(self.layers) * self.top_k or wide.numel() != num_rows * wide.shape[-1]:
+            ids = step.experts[0]
+            raise UnsupportedModelError(
+                f"the routed layers gave expert ids of shape {tuple(ids.shape) if ids is not None else ()} in a "
+                f"forward of {num_rows} tokens, expected {(num_rows, self.top_k)}."
+            )
+        if wide.numel() and (int(wide.max()) >= self.num_experts or int(wide.min()) < 0):
+            raise UnsupportedModelError(
+                f"the routed layers gave expert ids from {int(wide.min())} to {int(wide.max())}, "
+                f"but the model has {self.num_experts} experts."
+            )
+        self._checked = True
+
+    def _pack_weights(self, step: Step, shape: tuple[int, ...]) -> npt.NDArray[np.float16]:
+        chosen = []
+        for ids, scores in zip(step.experts, step.weights, strict=True):
+            if scores is None or ids is None:
+                raise UnsupportedModelError("weights were asked for, but a routed layer gave none.")
+            chosen.append(scores if scores.shape == ids.shape else scores.gather(-1, ids))
+        packed: npt.NDArray[np.float16] = torch.cat(chosen, dim=-1).detach().to(torch.float16).numpy()
+        return packed.reshape(shape)
+
+    def publish(self, experts: npt.NDArray[Any], weights: npt.NDArray[np.float16] | None, rows: Rows) -> None:
+        """Publish a packed step: drop the rows that are not kept, and hand the rest to the writer."""
+        if rows.kept is not None:
+            experts = experts[rows.kept]
+            weights = weights[rows.kept] if weights is not None else None
+        if not len(experts):
+            return
+        if not self._jobs and self._turn.acquire(blocking=False):
+            try:
+                self._write(experts, weights, rows)
+            except Exception as error:
+                self.fail(error)
+            finally:
+                self._turn.release()
+            if self._jobs:
+                self._run_jobs()
+        elif len(self._jobs) < MAX_WAITING_STEPS:
+            self._submit(lambda: self._write(experts, weights, rows))
+        else:
+            self.lost_tokens += len(experts)
+
+    def finish(self, number: int, request: str, num_positions: int, state: Literal["finished", "aborted"]) -> None:
+        """State that a request has ended, after all that was published before."""
+        self._submit(lambda: self.writer.finish(number, request, num_positions, state))
+
+    def fail(self, error: Exception) -> None:
+        """Switch the capture off and keep the error: the model's forward goes on as if nothing had happened."""
+        self.active = False
+        if self.error is None:
+            self.error = error
+            with contextlib.suppress(Warning):  # where warnings are errors, the forward must still go on
+                warnings.warn(f"expert_lens stopped capturing: {error}", RuntimeWarning, stacklevel=2)
+
+    def close(self) -> None:
+        """Switch off and close the writer."""
+        self.active = False
+        self._submit(self.writer.close)
+
+    def _write(self, experts: npt.NDArray[Any], weights: npt.NDArray[np.float16] | None, rows: Rows) -> None:
+        spans = rows.spans
+        if spans is not self._batch:
+            if spans != self._batch:
+                self.writer.set_batch(spans)
+            self._batch = spans
+        self.writer.publish(experts, rows.token_ids, rows.positions, weights)
+
+    def _submit(self, job: Callable[[], None]) -> None:
+        """Run the job, or leave it to the thread that is just running others: never wait for it."""
+        self._jobs.append(job)
+        self._run_jobs()
+
+    def _run_jobs(self) -> None:
+        jobs, turn = self._jobs, self._turn
+        while jobs and turn.acquire(blocking=False):
+            try:
+                while jobs:
+                    jobs.popleft()()
+            except Exception as error:
+                self.fail(error)
+            finally:
+                turn.release()

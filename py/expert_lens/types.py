@@ -1,0 +1,124 @@
+"""The shapes of what crosses between Python and the extension."""
+
+from typing import Literal, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "ArenaKey",
+    "CaptureFacts",
+    "CollectorStats",
+    "ModelFacts",
+    "Phase",
+    "RequestColumns",
+    "RequestRows",
+    "RequestState",
+    "RowBlock",
+    "Span",
+]
+
+Phase = Literal["prefill", "decode"]
+RequestState = Literal["running", "finished", "aborted"]
+Span = tuple[int, str, int, int, int, Phase]
+"""(request number, request id, first row, rows, prompt tokens, phase): whose rows a step holds.
+
+The number tells two requests of the same id apart and is unique in the publishing process; number 0 with
+an empty id marks rows of no request, which are counted and not kept.
+"""
+
+ArenaKey = tuple[int, int, int, int]
+"""(rank, process id, process start time, creation time in ns): one arena, told from every other, ever."""
+
+
+class ModelFacts(TypedDict):
+    """What the publishing process says of its model."""
+
+    capture: str
+    rank: int
+    layers: list[int]
+    num_experts: int
+    top_k: int
+    weights: bool
+    engine: str
+    engine_version: str
+    model: str
+
+
+class CaptureFacts(ModelFacts):
+    """An arena that was found, and the process that publishes it."""
+
+    pid: int
+    alive: bool
+    arena_bytes: int
+
+
+class RequestColumns(TypedDict):
+    """One entry a request, in the order of their coming."""
+
+    request: list[str]
+    state: list[RequestState]
+    prompt_tokens: list[int]
+    tokens: list[int]
+    missing: list[int]
+    arena: list[int]
+    """Index into `Collector.arenas()`."""
+
+
+class RequestRows(TypedDict):
+    """The rows of one request; index is the position.
+
+    experts u8 or u16 [n, L, K]; weights f16 [n, L, K] or None; token_ids u32 [n], NO_TOKEN where the engine did not
+    tell; phases u8 [n], 0 prefill, 1 decode, MISSING where the row is missing (experts are then 0 there);
+    steps u64 [n]; times i64 [n], nanoseconds since the Unix epoch.
+    """
+
+    experts: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+    weights: npt.NDArray[np.float16] | None
+    token_ids: npt.NDArray[np.uint32]
+    phases: npt.NDArray[np.uint8]
+    steps: npt.NDArray[np.uint64]
+    times: npt.NDArray[np.int64]
+
+
+class CollectorStats(TypedDict):
+    """Figures of a collector; see `expert_lens.Stats` for what each means."""
+
+    state: Literal["running", "ended"]
+    steps: int
+    tokens: int
+    dropped_tokens: int
+    lost_tokens: int
+    unattributed_tokens: int
+    unkept_tokens: int
+    missing_tokens: int
+    evicted_requests: int
+    corrupt_records: int
+    corrupt: str | None
+    lag_s: float
+    memory_bytes: int
+    arenas: int
+
+
+class RowBlock(TypedDict):
+    """Rows in the order of their records: the columns of RequestRows, with `requests` u32 [n], indices into `ids`, and
+    `arenas` u32 [n], indices into `ranges`.
+
+    ends: (request id, positions that count, state). ranges: (rank, pid, start time, creation time, first record, last
+    record) of each arena. unattributed, corrupt: rows of no request and broken records, both left out.
+    """
+
+    ids: list[str]
+    requests: npt.NDArray[np.uint32]
+    arenas: npt.NDArray[np.uint32]
+    positions: npt.NDArray[np.uint32]
+    token_ids: npt.NDArray[np.uint32]
+    phases: npt.NDArray[np.uint8]
+    steps: npt.NDArray[np.uint64]
+    times: npt.NDArray[np.int64]
+    experts: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+    weights: npt.NDArray[np.float16] | None
+    ends: list[tuple[str, int, Literal["finished", "aborted"]]]
+    ranges: list[tuple[int, int, int, int, int, int]]
+    unattributed: int
+    corrupt: int

@@ -1,0 +1,67 @@
+"""The bytes that carry one picture from the kernel to the page. `static/codec.js` is the other side.
+
+    4 bytes   magic "XLF1"
+    4 bytes   length of the header, u32 little-endian; it is padded so that the counts begin at a multiple of 8
+    header    JSON: dtype ("u2", "u4" or "f8"), planes (names), shape [planes, L, E], and the facts of the moment
+    counts    little-endian, C order: one [L, E] for each plane
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["MAGIC", "Snapshot"]
+
+MAGIC = b"XLF1"
+
+Counts = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The counts of one moment, and what was true of the source then.
+
+    planes: name ("both", "prefill", "decode") to u64 [L, E]; without "both" it is the sum of the others.
+    facts: what the status line shows; only what JSON can carry.
+    """
+
+    planes: Mapping[str, Counts]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def counts(self, phase: str) -> Counts:
+        """[L, E] of "both", "prefill" or "decode". KeyError for a phase that the snapshot does not hold."""
+        if phase == "both" and "both" not in self.planes:
+            return self.planes["prefill"] + self.planes["decode"]
+        return self.planes[phase]
+
+    def encode(self) -> bytes:
+        """The snapshot as bytes, in the smallest number format that keeps every count exact.
+
+        Raises ValueError when the planes differ in shape.
+        """
+        planes = list(self.planes.values())
+        shape = planes[0].shape
+        if len(shape) != 2 or any(plane.shape != shape for plane in planes):
+            shapes = ", ".join(f"{name} {plane.shape}" for name, plane in self.planes.items())
+            raise ValueError(f"A frame's planes must all be [layers, experts], but they are {shapes}")
+        highest = max(int(plane.max(initial=0)) for plane in planes)
+        dtype = np.dtype("<u2" if highest < 1 << 16 else "<u4" if highest < 1 << 32 else "<f8")
+        header = {
+            "dtype": dtype.str[1:],
+            "planes": list(self.planes),
+            "shape": [len(planes), *shape],
+            **self.facts,
+        }
+        text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
+        text += b" " * (-len(text) % 8)
+        data = bytearray(8 + len(text) + len(planes) * planes[0].size * dtype.itemsize)
+        data[:8] = MAGIC + len(text).to_bytes(4, "little")
+        data[8 : 8 + len(text)] = text
+        counts = np.frombuffer(data, dtype, offset=8 + len(text)).reshape(len(planes), *shape)
+        for target, plane in zip(counts, planes, strict=True):
+            np.copyto(target, plane, casting="unsafe")
+        return bytes(data)

@@ -1,0 +1,266 @@
+"""The tap alone: what it packs, what it refuses, and how little it asks of the writer."""
+
+import subprocess
+import sys
+import threading
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from expert_lens.errors import UnsupportedModelError
+from expert_lens.tap import MAX_WAITING_STEPS, Rows, Step, Tap
+
+
+class NotingWriter:
+    """Stands in for the writer where a test asks what is called on it, and how often."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def set_batch(self, spans: Any) -> None:
+        self.calls.append(("set_batch", list(spans)))
+
+    def publish(self, experts: Any, token_ids: Any, positions: Any, weights: Any = None) -> bool:
+        self.calls.append(("publish", experts, token_ids, positions, weights))
+        return False  # dropped: nothing else may happen
+
+    def finish(self, number: int, request: str, num_positions: int, state: str = "finished") -> None:
+        self.calls.append(("finish", number, request, num_positions, state))
+
+    def close(self) -> None:
+        self.calls.append(("close",))
+
+    @property
+    def names(self) -> list[str]:
+        return [call[0] for call in self.calls]
+
+
+def make_tap(**options: Any) -> tuple[Any, NotingWriter]:
+    writer: Any = NotingWriter()
+    return Tap(writer, **{"layers": [1, 4], "num_experts": 8, "top_k": 2, **options}), writer
+
+
+def held(tap: Tap, *layers: list[list[int]], weights: Any = None) -> Step:
+    """A step that holds these ids, a list of rows a layer."""
+    step = tap.begin()
+    assert step is not None
+    for slot, ids in enumerate(layers):
+        tap.layer(slot, torch.tensor(ids), None if weights is None else weights[slot])
+    assert tap.end() is step
+    return step
+
+
+def rows(count: int, spans: Any = None, kept: Any = None) -> Rows:
+    positions = np.arange(count, dtype=np.uint32)
+    return Rows(spans or [(1, "a", 0, count, count, "prefill")], positions, positions, kept)
+
+
+FIRST, SECOND = [[0, 1], [2, 3], [4, 5]], [[7, 6], [5, 4], [3, 2]]
+PACKED = [[[0, 1], [7, 6]], [[2, 3], [5, 4]], [[4, 5], [3, 2]]]
+
+
+@pytest.mark.parametrize(("num_experts", "dtype"), [(8, "uint8"), (256, "uint8"), (257, "uint16"), (60000, "uint16")])
+def test_a_step_is_packed_in_the_narrowest_type_that_holds_all_experts(num_experts: int, dtype: str) -> None:
+    tap, _ = make_tap(num_experts=num_experts)
+    experts, weights = tap.pack(held(tap, FIRST, [[num_experts - 1, 6], [5, 4], [3, 2]]), 3)
+    assert (experts.dtype, experts.shape, weights) == (np.dtype(dtype), (3, 2, 2), None)
+    assert experts.flags["C_CONTIGUOUS"]
+    assert experts[0, 1, 0] == num_experts - 1
+
+
+def test_ids_of_a_batch_are_flattened_row_by_row() -> None:
+    tap, _ = make_tap()
+    step = tap.begin()
+    for slot, ids in enumerate([FIRST, SECOND]):
+        tap.layer(slot, torch.tensor(ids)[None])
+    tap.end()
+    np.testing.assert_array_equal(tap.pack(step, 3)[0], PACKED)
+
+
+def test_rows_that_are_not_kept_are_dropped_from_all_parts() -> None:
+    tap, writer = make_tap(weights=True)
+    scores = torch.rand(2, 3, 2)
+    experts, weights = tap.pack(held(tap, FIRST, SECOND, weights=scores), 3)
+    tap.publish(experts, weights, rows(2, kept=np.array([0, 2])))
+    _, published, _, _, published_weights = writer.calls[1]
+    np.testing.assert_array_equal(published, [PACKED[0], PACKED[2]])
+    np.testing.assert_array_equal(published_weights, scores.transpose(0, 1)[[0, 2]].half().numpy())
+    assert published.flags["C_CONTIGUOUS"]
+    assert published_weights.flags["C_CONTIGUOUS"]
+
+
+def test_weights_given_for_every_expert_are_looked_up_at_the_chosen_ones() -> None:
+    tap, _ = make_tap(weights=True)
+    scores = torch.rand(2, 3, 8)
+    _, weights = tap.pack(held(tap, FIRST, SECOND, weights=scores), 3)
+    for row in range(3):
+        for slot, ids in enumerate([FIRST, SECOND]):
+            expected = scores[slot, row, ids[row]].half().numpy()
+            np.testing.assert_array_equal(weights[row, slot], expected)
+
+
+def test_weights_that_need_a_gradient_are_read_without_one() -> None:
+    tap, _ = make_tap(weights=True)
+    scores = torch.rand(2, 3, 2, requires_grad=True)
+    _, weights = tap.pack(held(tap, FIRST, SECOND, weights=scores), 3)
+    assert weights.dtype == np.float16
+
+
+@pytest.mark.parametrize("wrong", [8, 255, 256, -1, 1000])
+def test_an_id_that_is_no_experts_is_refused_in_the_first_step(wrong: int) -> None:
+    tap, _ = make_tap()
+    with pytest.raises(UnsupportedModelError, match="model has 8 experts"):
+        tap.pack(held(tap, FIRST, [[wrong, 6], [5, 4], [3, 2]]), 3)
+
+
+@pytest.mark.parametrize(("num_experts", "wrong"), [(256, 256), (256, -1), (65536, 65536), (65536, -1)])
+def test_an_id_that_packing_would_turn_into_another_is_refused_in_later_steps(num_experts: int, wrong: int) -> None:
+    tap, _ = make_tap(num_experts=num_experts)
+    tap.pack(held(tap, FIRST, SECOND), 3)
+    with pytest.raises(UnsupportedModelError, match=f"model has {num_experts} experts"):
+        tap.pack(held(tap, FIRST, [[wrong, 6], [5, 4], [3, 2]]), 3)
+
+
+def test_ids_of_another_width_or_number_of_tokens_are_refused() -> None:
+    tap, _ = make_tap()
+    with pytest.raises(UnsupportedModelError, match=r"shape \(3, 2\) in a forward of 4 tokens, expected \(4, 2\)"):
+        tap.pack(held(tap, FIRST, SECOND), 4)
+    with pytest.raises(UnsupportedModelError, match=r"shape \(1, 6\) in a forward of 3 tokens"):
+        tap.pack(held(tap, [[0, 1, 2, 3, 4, 5]], [[0, 1, 2, 3, 4, 5]]), 3)
+
+
+def test_layers_that_gave_nothing_are_named() -> None:
+    tap, _ = make_tap()
+    step = held(tap, FIRST)
+    assert tap.silent_layers(step) == (4,)
+    with pytest.raises(UnsupportedModelError, match=r"layers \(4,\) gave no experts"):
+        tap.pack(step, 3)
+
+
+def test_a_layer_outside_a_forward_is_not_held() -> None:
+    tap, _ = make_tap()
+    tap.layer(0, torch.tensor(FIRST))
+    assert tap.end() is None
+    assert tap.silent_layers(tap.begin()) == (1, 4)
+
+
+def test_a_forward_that_was_left_behind_leaves_nothing_in_the_next() -> None:
+    tap, _ = make_tap()
+    tap.begin()
+    tap.layer(0, torch.tensor(FIRST))
+    assert tap.silent_layers(held(tap, SECOND)) == (4,)
+
+
+def test_a_layer_that_comes_twice_in_one_forward_ends_the_capture() -> None:
+    tap, _ = make_tap()
+    tap.begin()
+    tap.layer(0, torch.tensor(FIRST))
+    with pytest.warns(RuntimeWarning, match="layer 1 called its experts twice"):
+        tap.layer(0, torch.tensor(FIRST))
+    assert tap.end() is None
+    assert isinstance(tap.error, UnsupportedModelError)
+    assert tap.begin() is None
+
+
+def test_spans_are_set_only_when_they_change() -> None:
+    tap, writer = make_tap()
+    packed = tap.pack(held(tap, FIRST, SECOND), 3)
+    same = [(1, "a", 0, 3, 3, "prefill")]
+    for spans in (same, same, list(same), [(2, "b", 0, 3, 3, "prefill")], same):
+        tap.publish(*packed, rows(3, spans))
+    assert writer.names == ["set_batch", *["publish"] * 3, "set_batch", "publish", "set_batch", "publish"]
+
+
+def test_a_step_without_rows_is_not_published() -> None:
+    tap, writer = make_tap()
+    tap.publish(*tap.pack(held(tap, FIRST, SECOND), 3), rows(0, kept=np.array([], dtype=np.intp)))
+    assert writer.calls == []
+
+
+def test_an_error_of_the_writer_is_kept_and_said_once() -> None:
+    tap, writer = make_tap()
+    packed = tap.pack(held(tap, FIRST, SECOND), 3)
+    writer.set_batch = lambda spans: (_ for _ in ()).throw(ValueError(f"no {spans}"))  # type: ignore[method-assign]
+    with pytest.warns(RuntimeWarning, match="stopped capturing: no") as said:
+        tap.publish(*packed, rows(3))
+        tap.publish(*packed, rows(3))
+    assert len(said) == 1
+    assert str(tap.error).startswith("no ")
+    assert not tap.active
+
+
+def test_where_warnings_are_errors_a_failure_still_does_not_reach_the_model() -> None:
+    tap, _ = make_tap()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tap.fail(RuntimeError("ours"))
+    assert str(tap.error) == "ours"
+
+
+def test_a_thread_that_finds_another_one_publishing_does_not_wait() -> None:
+    tap, writer = make_tap()
+    packed = tap.pack(held(tap, FIRST, SECOND), 3)
+    inside, go_on = threading.Event(), threading.Event()
+    publish = writer.publish
+
+    def slow(*args: Any) -> bool:
+        inside.set()
+        assert go_on.wait(10)
+        return publish(*args)
+
+    writer.publish = slow  # type: ignore[method-assign]
+    other = threading.Thread(target=lambda: tap.publish(*packed, rows(3, [(1, "other", 0, 3, 3, "prefill")])))
+    other.start()
+    assert inside.wait(10)
+    for number in range(MAX_WAITING_STEPS + 5):
+        tap.publish(*packed, rows(3, [(number, "mine", 0, 3, 3, "prefill")]))  # would hang if it waited
+    tap.finish(2, "mine", 3, "finished")
+    go_on.set()
+    other.join()
+    assert tap.lost_tokens == 5 * 3
+    assert writer.names == [*["set_batch", "publish"] * (1 + MAX_WAITING_STEPS), "finish"]
+    owners = [call[1][0][1] for call in writer.calls if call[0] == "set_batch"]
+    assert owners == ["other", *["mine"] * MAX_WAITING_STEPS], "spans and rows of two threads were mixed"
+
+
+def test_many_threads_never_mix_spans_and_rows() -> None:
+    tap, writer = make_tap()
+    packed = tap.pack(held(tap, FIRST, SECOND), 3)
+
+    def work(number: int) -> None:
+        for _ in range(200):
+            tap.publish(*packed, Rows([(number, "x", 0, 3, 3, "prefill")], np.full(3, number, np.uint32), None))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    current, published = None, 0
+    for call in writer.calls:
+        if call[0] == "set_batch":
+            current = call[1][0][0]
+        else:
+            published += 1
+            assert call[3].tolist() == [current] * 3
+    assert published + tap.lost_tokens // 3 == 800
+
+
+def test_closing_comes_after_what_was_published() -> None:
+    tap, writer = make_tap()
+    tap.publish(*tap.pack(held(tap, FIRST, SECOND), 3), rows(3))
+    tap.close()
+    assert writer.names == ["set_batch", "publish", "close"]
+    assert tap.begin() is None
+
+
+@pytest.mark.parametrize("module", ["expert_lens.tap", "expert_lens.engines", "expert_lens.engines.transformers"])
+def test_the_engines_process_imports_nothing_heavy(module: str) -> None:
+    heavy = ["polars", "IPython", "anywidget", "ipywidgets", "pandas", "pyarrow", "transformers"]
+    heavy += [] if module == "expert_lens.tap" else ["torch"]
+    code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
