@@ -163,7 +163,8 @@ class Collector:
     def arenas(self) -> list[ArenaKey]:
         """The arenas read, one a rank."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Stop reading and let go of the arenas; what was collected stays readable."""
 
 @final
 class RowStream:
@@ -185,6 +186,9 @@ class RowStream:
     def release(self) -> None:
         """Everything taken so far is durable: the writers may reuse its space."""
 
+    def stop(self) -> None:
+        """Have the stream end at what is published by now; `take` gives the rest. For use from another thread."""
+
     @property
     def facts(self) -> ModelFacts: ...
     @property
@@ -197,7 +201,7 @@ class RowStream:
 
     @property
     def is_over(self) -> bool:
-        """Whether every publisher has ended, and everything they published was taken."""
+        """Whether every publisher has ended or the stream was stopped, and everything published by then was taken."""
 
     def close(self) -> None: ...
 

@@ -8,7 +8,7 @@ number of ranks, runs and machines can lie in one folder. `docs/trace_format.md`
 import json
 import os
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypedDict
@@ -19,7 +19,7 @@ import polars as pl
 
 from expert_lens._core import MISSING, NO_TOKEN
 from expert_lens.errors import OptionError
-from expert_lens.types import ArenaKey, ModelFacts
+from expert_lens.types import ArenaKey, ModelFacts, RowBlock
 
 __all__ = ["METADATA_KEY", "PHASES", "PartInfo", "frame", "part_infos", "scan", "source_name", "write_part"]
 
@@ -78,7 +78,7 @@ def _nullable(values: npt.NDArray[Any], null: npt.NDArray[np.bool_]) -> pl.Serie
     return series.set(pl.Series(null), None) if null.any() else series
 
 
-def frame(facts: ModelFacts, requests: pl.Series, columns: Columns) -> pl.DataFrame:
+def frame(facts: ModelFacts, requests: pl.Series, columns: Columns | RowBlock) -> pl.DataFrame:
     """One row a token. Where a row is missing, all but `request` and `position` is null."""
     missing = columns["phases"] == MISSING
     phases = np.where(missing, 0, columns["phases"])
@@ -105,10 +105,15 @@ def _array_series(values: npt.NDArray[Any], missing: npt.NDArray[np.bool_]) -> p
     return series
 
 
+def host() -> str:
+    """This machine's name."""
+    return socket.gethostname()
+
+
 def source_name(capture: str, arena: ArenaKey) -> str:
     """Name of an arena that no other arena has, on any machine: capture/rank@host:creation time in ns."""
     rank, _, _, created_ns = arena
-    return f"{capture}/{rank}@{socket.gethostname()}:{created_ns}"
+    return f"{capture}/{rank}@{host()}:{created_ns}"
 
 
 def make_folder(folder: str | os.PathLike[str]) -> Path:
@@ -120,6 +125,26 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
         )
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def check_same_model(folder: Path, facts: ModelFacts) -> None:
+    """Raise OptionError if a part in the folder is of a model of another shape: they could not be scanned together."""
+
+    def shape(model: ModelFacts) -> tuple[list[int], int, int, bool]:
+        return model["layers"], model["num_experts"], model["top_k"], model["weights"]
+
+    for info in part_infos(folder):
+        if shape(info["model"]) != shape(facts):
+            raise OptionError(
+                f"{folder} holds a trace of {info['model']['model']} (layers, experts, top-k, weights: "
+                f"{shape(info['model'])}), and this is {facts['model']} {shape(facts)}. Use another folder."
+            )
+
+
+def with_sources(rows: pl.DataFrame, sources: Mapping[str, str]) -> pl.DataFrame:
+    """A frame with the column `source` before the others; `sources` gives each request's."""
+    names = rows["request"].replace_strict(sources, return_dtype=pl.String) if len(rows) else rows["request"]
+    return rows.insert_column(0, names.alias("source"))
 
 
 def write_part(
@@ -134,7 +159,7 @@ def write_part(
     info = {
         "trace_version": TRACE_VERSION,
         "capture": capture,
-        "host": socket.gethostname(),
+        "host": host(),
         "model": facts,
         "arenas": [list(arena) for arena in arenas],
     }

@@ -11,11 +11,13 @@ __all__ = [
     "CollectorStats",
     "ModelFacts",
     "Phase",
+    "RecordingStats",
     "RequestColumns",
     "RequestRows",
     "RequestState",
     "RowBlock",
     "Span",
+    "Stats",
 ]
 
 Phase = Literal["prefill", "decode"]
@@ -82,22 +84,69 @@ class RequestRows(TypedDict):
 
 
 class CollectorStats(TypedDict):
-    """Figures of a collector; see `expert_lens.Stats` for what each means."""
+    """Figures of a collector."""
 
     state: Literal["running", "ended"]
+    """"ended" once every publisher has ended or died and all was read, or the collector was closed."""
     steps: int
+    """Forwards that gave rows."""
     tokens: int
+    """Rows read."""
     dropped_tokens: int
+    """Rows that the publishers dropped for want of room since this reader came."""
     lost_tokens: int
+    """Rows that were overwritten before they were read: only where the reader is not lossless."""
     unattributed_tokens: int
+    """Rows of no request (beam search, say): counted, not kept."""
     unkept_tokens: int
+    """Rows that came for requests which had made room by then."""
     missing_tokens: int
+    """Positions, of the requests that are held, whose row is missing."""
     evicted_requests: int
+    """Requests that made room for newer ones."""
     corrupt_records: int
+    """Records that contradicted themselves and were left out."""
     corrupt: str | None
+    """What the last of those said."""
     lag_s: float
+    """Seconds from the publishing of the newest record read until it was read; of the oldest unread one, if longer."""
     memory_bytes: int
+    """What the requests' rows take."""
     arenas: int
+    """Arenas read, one a rank."""
+
+
+class RecordingStats(TypedDict):
+    """Figures of a recording."""
+
+    folder: str
+    state: Literal["running", "ended", "failed"]
+    tokens: int
+    """Rows that are durable in files."""
+    parts: int
+    """Files written."""
+    bytes: int
+    """What those files take."""
+    unattributed_tokens: int
+    """Rows of no request: not written."""
+    dropped_tokens: int
+    """Rows that the publishers dropped since the recording began."""
+    corrupt_records: int
+    """Records that contradicted themselves and were left out."""
+    skipped_records: int
+    """Records that were gone when the recording went on where an earlier one had ended."""
+    error: str | None
+    """Why the recording failed."""
+
+
+class Stats(CollectorStats):
+    """Figures of a lens."""
+
+    memory_limit_bytes: int
+    """What the requests' rows may take."""
+    recordings: list[RecordingStats]
+    error: str | None
+    """Why the capture switched itself off, if it did."""
 
 
 class RowBlock(TypedDict):

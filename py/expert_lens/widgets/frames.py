@@ -1,9 +1,11 @@
 """The bytes that carry one picture from the kernel to the page. `static/codec.js` is the other side.
 
-    4 bytes   magic "XLF1"
-    4 bytes   length of the header, u32 little-endian; it is padded so that the counts begin at a multiple of 8
-    header    JSON: dtype ("u2", "u4" or "f8"), planes (names), shape [planes, L, E], and the facts of the moment
-    counts    little-endian, C order: one [L, E] for each plane
+| bytes  | what                                                                                                    |
+| ------ | ------------------------------------------------------------------------------------------------------- |
+| 4      | magic "XLF1"                                                                                            |
+| 4      | length of the header, u32 little-endian; padded so that the counts begin at a multiple of 8             |
+| header | JSON: dtype ("u2", "u4" or "f8"), planes (names), shape [planes, L, E], and the facts of the moment      |
+| rest   | counts, little-endian, C order: one [L, E] for each plane                                               |
 """
 
 import json
@@ -38,8 +40,8 @@ class Snapshot:
             return self.planes["prefill"] + self.planes["decode"]
         return self.planes[phase]
 
-    def encode(self) -> bytes:
-        """The snapshot as bytes, in the smallest number format that keeps every count exact.
+    def encode(self) -> npt.NDArray[np.uint8]:
+        """The snapshot as bytes, u8 [length], in the smallest number format that keeps every count exact.
 
         Raises ValueError when the planes differ in shape.
         """
@@ -50,18 +52,12 @@ class Snapshot:
             raise ValueError(f"A frame's planes must all be [layers, experts], but they are {shapes}")
         highest = max(int(plane.max(initial=0)) for plane in planes)
         dtype = np.dtype("<u2" if highest < 1 << 16 else "<u4" if highest < 1 << 32 else "<f8")
-        header = {
-            "dtype": dtype.str[1:],
-            "planes": list(self.planes),
-            "shape": [len(planes), *shape],
-            **self.facts,
-        }
+        header = {"dtype": dtype.str[1:], "planes": list(self.planes), "shape": [len(planes), *shape], **self.facts}
         text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
         text += b" " * (-len(text) % 8)
-        data = bytearray(8 + len(text) + len(planes) * planes[0].size * dtype.itemsize)
-        data[:8] = MAGIC + len(text).to_bytes(4, "little")
-        data[8 : 8 + len(text)] = text
-        counts = np.frombuffer(data, dtype, offset=8 + len(text)).reshape(len(planes), *shape)
-        for target, plane in zip(counts, planes, strict=True):
+        head = np.frombuffer(MAGIC + len(text).to_bytes(4, "little") + text, np.uint8)
+        frame = np.empty(head.size + len(planes) * planes[0].size * dtype.itemsize, np.uint8)
+        frame[: head.size] = head
+        for target, plane in zip(frame[head.size :].view(dtype).reshape(-1, *shape), planes, strict=True):
             np.copyto(target, plane, casting="unsafe")
-        return bytes(data)
+        return frame

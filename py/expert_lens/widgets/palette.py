@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["SPAN", "STATIC", "colours", "load", "relative_load"]
+__all__ = ["SPAN", "STATIC", "balance", "colours", "load", "relative_load", "rgb"]
 
 STATIC = Path(__file__).parent / "static"
 
@@ -45,5 +45,17 @@ def colours(theme: str, steps: int) -> npt.NDArray[np.uint8]:
 def relative_load(counts: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
     """[L, E]: each expert's share of its layer's choices, times E. 1 is uniform; a layer without tokens has zeros."""
     total = counts.sum(axis=1, keepdims=True, dtype=np.float64)
-    load = counts * float(counts.shape[1])
-    return np.divide(load, total, out=np.zeros_like(load), where=total > 0)
+    relative = np.zeros(counts.shape)
+    np.divide(counts * float(counts.shape[1]), total, out=relative, where=total > 0)
+    return relative
+
+
+def balance(counts: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    """[L]: exp(H) / E, with H the entropy of a layer's shares: the effective number of experts as part of all.
+
+    1 when all experts get the same, 1/E when one gets all, 0 for a layer without tokens.
+    """
+    shares = relative_load(counts) / counts.shape[1]
+    entropy = -np.where(shares > 0, shares * np.log(np.where(shares > 0, shares, 1)), 0).sum(axis=1)
+    effective: npt.NDArray[np.float64] = np.where(counts.any(axis=1), np.exp(entropy) / counts.shape[1], 0.0)
+    return effective

@@ -1,10 +1,12 @@
 """What a heatmap needs to know of the thing it shows."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from expert_lens.types import Phase
 
 __all__ = ["HeatmapSource"]
 
@@ -12,7 +14,8 @@ __all__ = ["HeatmapSource"]
 class HeatmapSource(Protocol):
     """Counts that grow while somebody looks. `expert_lens.Lens` is one; tests bring their own.
 
-    Every member may be used from any thread. The widget holds its source by a weak reference.
+    Every member may be used from any thread, and goes on answering after the source has ended or was closed. The
+    widget holds its source by a weak reference.
     """
 
     @property
@@ -33,12 +36,17 @@ class HeatmapSource(Protocol):
 
     @property
     def stats(self) -> Mapping[str, Any]:
-        """At least tokens, steps, dropped_tokens, missing_tokens, lag_s (seconds), state ("running" or "ended")."""
+        """At least tokens, steps, dropped_tokens, missing_tokens, lag_s (seconds) and state.
+
+        state is "running", or one word for why no token will come any more: "ended", "closed". Shown too if they are
+        there: lost_tokens, and error, None or words for a person.
+        """
 
     def tokens_seen(self) -> int:
         """A number that grows with every token seen; asked up to 60 times a second, so cheap."""
 
-    def counts(
-        self, phase: Literal["prefill", "decode"] | None = None, last: int | None = None
-    ) -> npt.NDArray[np.uint64]:
-        """[L, E], how many tokens each expert got: of all tokens or the last so many, of one phase or both."""
+    def counts(self, phase: Phase | None = None, last: int | None = None) -> npt.NDArray[np.uint64]:
+        """[L, E], how many tokens each expert got: of all tokens or the last so many, of one phase or both.
+
+        Raises ValueError, with words for a person, when it cannot look back that far.
+        """

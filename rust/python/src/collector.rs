@@ -5,25 +5,16 @@ use crate::{convert, directory_or_default, phase_of, seconds};
 use expert_lens_arena::collector::{self, ArenaId, Options, Pace, State};
 use expert_lens_arena::{Facts, Header, Mode, is_alive, list};
 use numpy::{PyArray1, PyArrayMethods};
-use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
 
 /// Counts and rows of a running capture.
 #[pyclass(module = "expert_lens._core", frozen)]
 pub struct Collector {
-    inner: Mutex<Option<Arc<collector::Collector>>>,
+    inner: collector::Collector,
     facts: Facts,
     capture: String,
-}
-
-impl Collector {
-    fn open(&self) -> PyResult<Arc<collector::Collector>> {
-        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        inner.clone().ok_or_else(|| PyRuntimeError::new_err("this collector is closed; attach again"))
-    }
 }
 
 #[pymethods]
@@ -48,7 +39,7 @@ impl Collector {
         };
         let inner = py.detach(|| collector::Collector::open(capture, options)).map_err(to_python)?;
         let facts = inner.facts().clone();
-        Ok(Self { inner: Mutex::new(Some(Arc::new(inner))), facts, capture: capture.to_owned() })
+        Ok(Self { inner, facts, capture: capture.to_owned() })
     }
 
     #[getter]
@@ -58,25 +49,25 @@ impl Collector {
 
     #[getter]
     fn tokens(&self) -> PyResult<u64> {
-        Ok(self.open()?.tokens())
+        Ok(self.inner.tokens())
     }
 
     #[pyo3(signature = (timeout=1.0))]
     fn sync(&self, py: Python<'_>, timeout: f64) -> PyResult<bool> {
-        let (inner, timeout) = (self.open()?, seconds("timeout", timeout)?);
+        let (inner, timeout) = (&self.inner, seconds("timeout", timeout)?);
         Ok(py.detach(|| inner.sync(timeout)))
     }
 
     #[pyo3(signature = (phase=None, last=None))]
     fn counts<'py>(&self, py: Python<'py>, phase: Option<&str>, last: Option<u64>) -> PyResult<Bound<'py, PyAny>> {
-        let (inner, phase) = (self.open()?, phase.map(phase_of).transpose()?);
+        let (inner, phase) = (&self.inner, phase.map(phase_of).transpose()?);
         let counts = py.detach(|| inner.counts(phase, last)).map_err(to_python)?;
         let shape = [self.facts.layers.len(), self.facts.num_experts as usize];
         Ok(PyArray1::from_vec(py, counts).reshape(shape)?.into_any())
     }
 
     fn requests<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let inner = self.open()?;
+        let inner = &self.inner;
         let requests = py.detach(|| inner.requests());
         let state = |state| match state {
             State::Running => "running",
@@ -94,7 +85,7 @@ impl Collector {
     }
 
     fn rows<'py>(&self, py: Python<'py>, request: &str) -> PyResult<Option<Bound<'py, PyDict>>> {
-        let inner = self.open()?;
+        let inner = &self.inner;
         let Some(rows) = py.detach(|| inner.rows(request)) else {
             return Ok(None);
         };
@@ -109,11 +100,11 @@ impl Collector {
     }
 
     fn was_evicted(&self, request: &str) -> PyResult<bool> {
-        Ok(self.open()?.was_evicted(request))
+        Ok(self.inner.was_evicted(request))
     }
 
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let inner = self.open()?;
+        let inner = &self.inner;
         let stats = py.detach(|| inner.stats());
         let dict = PyDict::new(py);
         dict.set_item("state", if stats.ended { "ended" } else { "running" })?;
@@ -135,12 +126,11 @@ impl Collector {
 
     fn arenas(&self) -> PyResult<Vec<(u32, u32, u64, u64)>> {
         let key = |id: ArenaId| (id.rank, id.producer.pid, id.producer.start_time, id.created_ns);
-        Ok(self.open()?.arenas().into_iter().map(key).collect())
+        Ok(self.inner.arenas().into_iter().map(key).collect())
     }
 
     fn close(&self, py: Python<'_>) {
-        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner).take();
-        py.detach(|| drop(inner));
+        py.detach(|| self.inner.close());
     }
 }
 

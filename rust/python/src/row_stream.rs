@@ -3,17 +3,21 @@
 use crate::errors::to_python;
 use crate::{convert, directory_or_default, seconds};
 use expert_lens_arena::collector::{self, ArenaId, RecordRange};
-use expert_lens_arena::{Facts, Outcome, Producer};
+use expert_lens_arena::{Error, Facts, Outcome, Producer};
 use numpy::PyArray1;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// A lossless reader whose space is released only when told that the rows are durable.
-#[pyclass(module = "expert_lens._core")]
+#[pyclass(module = "expert_lens._core", frozen)]
 pub struct RowStream {
-    stream: Option<collector::RowStream>,
+    /// Held while a block is being waited for: lock it only without the GIL.
+    stream: Mutex<Option<collector::RowStream>>,
+    stop: Arc<AtomicBool>,
     facts: Facts,
     capture: String,
 }
@@ -22,8 +26,16 @@ pub struct RowStream {
 type Resume = (u32, u32, u64, u64, u64);
 
 impl RowStream {
-    fn open(&mut self) -> PyResult<&mut collector::RowStream> {
-        self.stream.as_mut().ok_or_else(|| PyRuntimeError::new_err("this row stream is closed"))
+    fn with<T: Send>(
+        &self,
+        py: Python<'_>,
+        ask: impl FnOnce(&mut collector::RowStream) -> Result<T, Error> + Send,
+    ) -> PyResult<T> {
+        let answer = py.detach(|| {
+            let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+            stream.as_mut().map(ask)
+        });
+        answer.ok_or_else(|| PyRuntimeError::new_err("this row stream is closed"))?.map_err(to_python)
     }
 }
 
@@ -44,13 +56,13 @@ impl RowStream {
         let directory = directory_or_default(directory);
         let stream = py.detach(|| collector::RowStream::open(directory, capture, &resume)).map_err(to_python)?;
         let facts = stream.facts().clone();
-        Ok(Self { stream: Some(stream), facts, capture: capture.to_owned() })
+        let stop = stream.stop_flag();
+        Ok(Self { stream: Mutex::new(Some(stream)), stop, facts, capture: capture.to_owned() })
     }
 
-    fn take<'py>(&mut self, py: Python<'py>, rows: usize, timeout: f64) -> PyResult<Bound<'py, PyDict>> {
+    fn take<'py>(&self, py: Python<'py>, rows: usize, timeout: f64) -> PyResult<Bound<'py, PyDict>> {
         let timeout = seconds("timeout", timeout)?;
-        let stream = self.open()?;
-        let block = py.detach(|| stream.take(rows, timeout)).map_err(to_python)?;
+        let block = self.with(py, |stream| stream.take(rows, timeout))?;
         let dict = PyDict::new(py);
         dict.set_item("ids", block.ids)?;
         dict.set_item("requests", PyArray1::from_vec(py, block.requests))?;
@@ -76,9 +88,15 @@ impl RowStream {
         Ok(dict)
     }
 
-    fn release(&mut self) -> PyResult<()> {
-        self.open()?.release();
-        Ok(())
+    fn release(&self, py: Python<'_>) -> PyResult<()> {
+        self.with(py, |stream| {
+            stream.release();
+            Ok(())
+        })
+    }
+
+    fn stop(&self) {
+        self.stop.store(true, Relaxed);
     }
 
     #[getter]
@@ -87,21 +105,21 @@ impl RowStream {
     }
 
     #[getter]
-    fn skipped_records(&mut self) -> PyResult<u64> {
-        Ok(self.open()?.skipped_records())
+    fn skipped_records(&self, py: Python<'_>) -> PyResult<u64> {
+        self.with(py, |stream| Ok(stream.skipped_records()))
     }
 
     #[getter]
-    fn dropped_tokens(&mut self) -> PyResult<u64> {
-        Ok(self.open()?.dropped_rows())
+    fn dropped_tokens(&self, py: Python<'_>) -> PyResult<u64> {
+        self.with(py, |stream| Ok(stream.dropped_rows()))
     }
 
     #[getter]
-    fn is_over(&mut self) -> PyResult<bool> {
-        Ok(self.open()?.is_over())
+    fn is_over(&self, py: Python<'_>) -> PyResult<bool> {
+        self.with(py, |stream| Ok(stream.is_over()))
     }
 
-    fn close(&mut self) {
-        self.stream = None;
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| *self.stream.lock().unwrap_or_else(PoisonError::into_inner) = None);
     }
 }

@@ -95,6 +95,8 @@ struct Inner {
     corrupt_records: u64,
     corrupt: Option<String>,
     lag_ns: u64,
+    /// What there was to say of the arenas when they were let go.
+    closed: Option<(Stats, Vec<ArenaId>)>,
 }
 
 struct Shared {
@@ -109,7 +111,7 @@ struct Shared {
 pub struct Collector {
     shared: Arc<Shared>,
     facts: Facts,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// Longest time that the state is held by the thread.
@@ -139,6 +141,7 @@ impl Collector {
             corrupt_records: 0,
             corrupt: None,
             lag_ns: 0,
+            closed: None,
         };
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
@@ -151,7 +154,7 @@ impl Collector {
             .name("expert-lens-collector".into())
             .spawn(move || run(&of_thread, options.pace))
             .map_err(|e| Error::io("start a thread for", std::path::Path::new(capture), e))?;
-        Ok(Self { shared, facts, thread: Some(thread) })
+        Ok(Self { shared, facts, thread: Mutex::new(Some(thread)) })
     }
 
     /// What the capture says of its model.
@@ -225,13 +228,27 @@ impl Collector {
     /// The arenas that are read, one a rank.
     #[must_use]
     pub fn arenas(&self) -> Vec<ArenaId> {
-        self.lock().feed.sources.iter().map(|source| feed::arena_id(&source.reader)).collect()
+        self.lock().arenas()
     }
 
     /// The collector's figures.
     #[must_use]
     pub fn stats(&self) -> Stats {
         self.lock().stats(self.tokens())
+    }
+
+    /// Stop reading and let go of the arenas. What was collected stays readable.
+    pub fn close(&self) {
+        self.shared.stop.store(true, Relaxed);
+        if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            let _ = thread.join();
+        }
+        let mut state = self.lock();
+        if state.closed.is_none() {
+            let stats = Stats { ended: true, ..state.stats(self.tokens()) };
+            state.closed = Some((stats, state.arenas()));
+            state.feed.sources.clear();
+        }
     }
 
     /// The lock, ahead of the thread's next slice.
@@ -246,10 +263,7 @@ impl Collector {
 
 impl Drop for Collector {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Relaxed);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        self.close();
     }
 }
 
@@ -331,7 +345,17 @@ impl Inner {
         }
     }
 
+    fn arenas(&self) -> Vec<ArenaId> {
+        match &self.closed {
+            Some((_, arenas)) => arenas.clone(),
+            None => self.feed.sources.iter().map(|source| feed::arena_id(&source.reader)).collect(),
+        }
+    }
+
     fn stats(&self, tokens: u64) -> Stats {
+        if let Some((stats, _)) = &self.closed {
+            return stats.clone();
+        }
         let behind = self.feed.sources.iter().filter(|source| source.reader.cursor() < source.reader.head());
         let waited = behind.map(|source| now_ns().saturating_sub(source.reader.time_ns())).max().unwrap_or(0);
         Stats {

@@ -10,6 +10,7 @@ use crate::reader::{Mode, Record, Step};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 /// Which records of an arena a block came from.
@@ -79,6 +80,9 @@ pub struct RowStream {
     /// The batch looked up last, for each arena: its spans' indices into `block.ids`.
     batches: Vec<Option<(Arc<[Span]>, Vec<Option<u32>>)>>,
     skipped: u64,
+    stop: Arc<AtomicBool>,
+    /// Once stopped: for each arena, the record to stop before.
+    targets: Option<Vec<u64>>,
 }
 
 /// Part of an arena that may wait to be written: beyond it, a block is given out early, so that the writer never drops
@@ -100,7 +104,16 @@ impl RowStream {
             }
         }
         let waiter = Waiter::new(Pace::CALM);
-        Ok(Self { feed, waiter, block: Block::default(), by_id: HashMap::new(), batches: Vec::new(), skipped })
+        Ok(Self {
+            feed,
+            waiter,
+            block: Block::default(),
+            by_id: HashMap::new(),
+            batches: Vec::new(),
+            skipped,
+            stop: Arc::default(),
+            targets: None,
+        })
     }
 
     /// What the capture says of its model.
@@ -121,10 +134,18 @@ impl RowStream {
         self.feed.dropped_rows()
     }
 
-    /// Whether every publisher has ended, and everything they published was taken.
+    /// Set this to true, from any thread, to have the stream end at what is published by then.
+    #[must_use]
+    pub fn stop_flag(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.stop)
+    }
+
+    /// Whether every publisher has ended or the stream was stopped, and everything published by then was taken.
     #[must_use]
     pub fn is_over(&self) -> bool {
-        self.feed.is_over()
+        let sources = self.feed.sources.iter();
+        let reached = |targets: &Vec<u64>| sources.zip(targets).all(|(source, &end)| source.reader.cursor() >= end);
+        self.targets.as_ref().map_or_else(|| self.feed.is_over(), reached)
     }
 
     /// Wait until there are `rows` rows, or `timeout` is over, or much of an arena is held; gives what there is, which
@@ -135,7 +156,12 @@ impl RowStream {
     pub fn take(&mut self, rows: usize, timeout: Duration) -> Result<Block> {
         let deadline = Instant::now() + timeout;
         loop {
-            self.feed.look()?;
+            if self.targets.is_none() {
+                self.feed.look()?;
+                if self.stop.load(Relaxed) {
+                    self.targets = Some(self.feed.sources.iter().map(|source| source.reader.head()).collect());
+                }
+            }
             let mut came = false;
             for arena in 0..self.feed.sources.len() {
                 came |= self.take_one(arena);
@@ -168,6 +194,9 @@ impl RowStream {
         self.batches.resize_with(self.feed.sources.len(), || None);
         let Source { reader, .. } = &mut self.feed.sources[arena];
         let (id, first) = (arena_id(reader), reader.cursor());
+        if self.targets.as_ref().is_some_and(|targets| first >= targets[arena]) {
+            return false;
+        }
         match reader.poll() {
             Ok(None) => return false,
             Ok(Some(Record::End(end))) => self.block.ends.push(end),

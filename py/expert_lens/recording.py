@@ -1,0 +1,155 @@
+"""Writing a capture's rows to part files, for as long as it runs."""
+
+from __future__ import annotations
+
+import os
+import threading
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import polars as pl
+
+from expert_lens import trace
+from expert_lens._core import RowStream
+from expert_lens.errors import RecordingError
+from expert_lens.types import RecordingStats
+
+if TYPE_CHECKING:
+    from expert_lens.types import ArenaKey, RowBlock
+
+__all__ = ["Recording"]
+
+PART_ROWS = 1 << 17
+"""Rows of a full part."""
+PART_SECONDS = 5.0
+"""Longest time that rows wait for their part to fill."""
+
+
+class Recording:
+    """Writes every row of a capture to part files of the trace in `folder`, in a thread of its own.
+
+    Reading is lossless: the publisher's space is given back when the rows in it are durable. A part names the records
+    whose rows it holds, so a recording of the same capture in the same folder goes on behind the last durable part.
+    `wait` and `close` raise RecordingError if it failed; what was written before stays readable.
+
+    Raises CaptureNotFoundError for an unknown capture, OptionError if `folder` is no folder, or holds another
+    model's trace.
+    """
+
+    def __init__(self, capture: str, folder: str | os.PathLike[str], *, directory: str | None = None) -> None:
+        self._capture = capture
+        self._folder = trace.make_folder(folder)
+        self._stream = RowStream(capture, directory=directory, resume=_durable(trace.part_infos(self._folder)))
+        self._facts = self._stream.facts
+        self._state: Literal["running", "ended", "failed"] = "running"
+        self._error: Exception | None = None
+        self._tokens = self._parts = self._bytes = self._unattributed = self._corrupt = self._dropped = 0
+        try:
+            trace.check_same_model(self._folder, self._facts)
+            self._skipped = self._stream.skipped_records
+        except BaseException:
+            self._stream.close()
+            raise
+        # A daemon: an interpreter that ends must not wait for a capture that does not. What is then not durable is
+        # still the publisher's, or gone with it; `close` loses nothing.
+        self._thread = threading.Thread(target=self._run, name="expert-lens-recording", daemon=True)
+        self._thread.start()
+
+    @property
+    def folder(self) -> str:
+        """Where the parts are; `expert_lens.scan` reads them."""
+        return str(self._folder)
+
+    @property
+    def stats(self) -> RecordingStats:
+        """What is durable, and what is not there and why."""
+        return {
+            "folder": self.folder,
+            "state": self._state,
+            "tokens": self._tokens,
+            "parts": self._parts,
+            "bytes": self._bytes,
+            "unattributed_tokens": self._unattributed,
+            "dropped_tokens": self._dropped,
+            "corrupt_records": self._corrupt,
+            "skipped_records": self._skipped,
+            "error": None if self._error is None else f"{type(self._error).__name__}: {self._error}",
+        }
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the capture has ended and all of it is durable; False if that takes more than `timeout` seconds.
+
+        Raises RecordingError if the recording failed.
+        """
+        self._thread.join(timeout)
+        if self._error is not None:
+            raise RecordingError(
+                f"The recording of capture {self._capture!r} to {self._folder} failed after {self._tokens} rows in "
+                f"{self._parts} parts, which stay readable. {type(self._error).__name__}: {self._error}"
+            ) from self._error
+        return not self._thread.is_alive()
+
+    def close(self) -> None:
+        """Make everything that is published by now durable, and stop; safe to call twice.
+
+        Raises RecordingError if the recording failed.
+        """
+        self._stream.stop()
+        self.wait()
+
+    def __enter__(self) -> Recording:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Recording of {self._capture!r} to {self.folder} ({self._state}): {self._tokens} tokens>"
+
+    def _run(self) -> None:
+        try:
+            over = False
+            while not over:
+                block = self._stream.take(PART_ROWS, PART_SECONDS)
+                # Asked before the block is written: what is published meanwhile belongs to the next one.
+                over = self._stream.is_over
+                if block["ranges"]:
+                    self._write(block)
+                self._stream.release()
+                self._dropped = self._stream.dropped_tokens
+            self._state = "ended"
+        except Exception as error:  # raised by `wait` and `close`, shown in `stats`
+            self._error = error
+            self._state = "failed"
+        finally:
+            self._stream.close()
+
+    def _write(self, block: RowBlock) -> None:
+        self._unattributed += block["unattributed"]
+        self._corrupt += block["corrupt"]
+        if not len(block["positions"]):
+            return
+        arenas: list[ArenaKey] = [(rank, pid, start, created) for rank, pid, start, created, _, _ in block["ranges"]]
+        requests = pl.Series(block["ids"], dtype=pl.String).gather(block["requests"])
+        sources = pl.Series([trace.source_name(self._capture, arena) for arena in arenas]).gather(block["arenas"])
+        rows = trace.frame(self._facts, requests, block).insert_column(0, sources.alias("source"))
+        first = min(created for _, _, _, created, _, _ in block["ranges"])
+        name = f"record-{first}-{int(np.min(block['steps'])):012}-{trace.timestamp()}"
+        path = trace.write_part(self._folder, name, rows, self._capture, self._facts, block["ranges"])
+        self._tokens += len(rows)
+        self._parts += 1
+        self._bytes += path.stat().st_size
+
+
+def _durable(infos: list[trace.PartInfo]) -> list[tuple[int, int, int, int, int]]:
+    """The last record, of each arena of this machine, that a part holds."""
+    last: dict[ArenaKey, int] = {}
+    for info in infos:
+        if info["host"] == trace.host():
+            for rank, pid, start, created, _, record in info["arenas"]:
+                key = (rank, pid, start, created)
+                last[key] = max(last.get(key, 0), record)
+    return [(*key, record) for key, record in last.items()]
