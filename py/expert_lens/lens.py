@@ -221,8 +221,8 @@ class Lens:
     def counts(self, phase: Phase | None = None, last: int | None = None) -> npt.NDArray[np.uint64]:
         """How many tokens each expert got, u64 [L, E]: of all tokens or the last `last`, of one phase or both.
 
-        `last` counts tokens of both phases; of those, `phase` keeps its own. Raises OptionError for an unknown phase,
-        and for a `last` that is not between 1 and the history.
+        With both, it is the last so many tokens of that phase. Raises OptionError for an unknown phase, and for a
+        `last` that is not between 1 and the history.
         """
         if phase not in (None, "prefill", "decode"):
             raise OptionError(f"phase is {phase!r}; give 'prefill', 'decode', or None for both.")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MODEL_PATH", "load", "passages", "prompts"]
 
-MODEL_PATH = Path(__file__).parent / "model"
+MODEL_PATH = Path(__file__).parent / "byte-moe"
 """The checkpoint's folder, for engines that load a model by its path."""
 
 

@@ -155,7 +155,7 @@ def samples(model: Any, tokenizer: Any) -> str:
         inputs = tokenizer(texts[0], return_tensors="pt")
         parts = [f"### {domain}", _fenced(texts[0])]
         for title, options in STYLES.items():
-            out = model.generate(**inputs, max_length=None, max_new_tokens=SAMPLE_BYTES, **options)
+            out = model.generate(**inputs, max_new_tokens=SAMPLE_BYTES, **options)
             new = tokenizer.decode(out[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
             parts += [f"{title}:", _fenced(new)]
         sections.append("\n\n".join(parts))

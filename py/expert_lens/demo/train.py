@@ -258,7 +258,7 @@ def save(model: Qwen3MoeForCausalLM, out: Path) -> None:
     """Writes weights (bf16), configuration and tokenizer, as `from_pretrained` wants them."""
     copy = Qwen3MoeForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
-    copy.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD, max_length=2048, do_sample=False)
+    copy.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD, do_sample=False)
     copy.to(torch.bfloat16).save_pretrained(out)
     build_tokenizer().save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)

@@ -1,0 +1,13 @@
+"""What every test gets: captures in a folder of its own."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def captures_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that captures go to during this test, in child processes too."""
+    directory = tmp_path / "captures"
+    monkeypatch.setenv("EXPERT_LENS_DIR", str(directory))
+    return directory

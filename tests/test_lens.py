@@ -1,0 +1,433 @@
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import publishing
+import pytest
+from publishing import count, make_writer, publish, rows
+
+import expert_lens
+from expert_lens import errors
+
+PROMPTS = {"a": 4, "b": 3}
+
+
+@pytest.fixture
+def published() -> Iterator[expert_lens.Lens]:
+    """A lens on three steps: prefills of a and b, then a decode of both; b has finished."""
+    writer = make_writer("known")
+    lens = expert_lens.attach("known", lossless=True)
+    publish(writer, [(1, "a", range(4))], PROMPTS)
+    publish(writer, [(2, "b", range(3))], PROMPTS)
+    publish(writer, [(1, "a", [4]), (2, "b", [3])], PROMPTS)
+    writer.finish(2, "b", 4)
+    yield lens
+    lens.close()
+    writer.close()
+
+
+ALL = [("a", p) for p in range(5)] + [("b", p) for p in range(4)]
+
+
+def test_counts_of_all_of_a_phase_and_of_the_last(published: expert_lens.Lens) -> None:
+    np.testing.assert_array_equal(published.counts(), count(ALL))
+    np.testing.assert_array_equal(published.counts("decode"), count([("a", 4), ("b", 3)]))
+    np.testing.assert_array_equal(published.counts("prefill"), count([w for w in ALL if w not in [("a", 4), ("b", 3)]]))
+    np.testing.assert_array_equal(published.counts(last=1), count([("b", 3)]))
+    np.testing.assert_array_equal(published.counts("prefill", last=4), count([("a", 3), ("b", 0), ("b", 1), ("b", 2)]))
+    assert published.counts().dtype == np.uint64
+
+
+@pytest.mark.parametrize("last", [0, -1, 16385, True, 1.5, "9"])
+def test_counts_refuses_what_it_cannot_count(published: expert_lens.Lens, last: Any) -> None:
+    with pytest.raises(errors.OptionError, match=r"last"):
+        published.counts(last=last)
+
+
+def test_counts_refuses_an_unknown_phase(published: expert_lens.Lens) -> None:
+    with pytest.raises(errors.OptionError, match="phase is 'warmup'"):
+        published.counts("warmup")  # type: ignore[arg-type]
+
+
+def test_requests(published: expert_lens.Lens) -> None:
+    assert published.requests().rows() == [("a", "running", 4, 5, 0), ("b", "finished", 3, 4, 0)]
+    assert published.requests().columns == ["request", "state", "prompt_tokens", "tokens", "missing"]
+
+
+def test_routed_experts_are_exact(published: expert_lens.Lens) -> None:
+    for request, n in (("a", 5), ("b", 4)):
+        experts = published.routed_experts(request)
+        assert experts.dtype == np.uint8
+        np.testing.assert_array_equal(experts, rows(request, range(n)))
+
+
+def test_missing_rows_are_an_error_that_lists_them_or_filled() -> None:
+    with make_writer_and_lens("holes") as (writer, lens):
+        publish(writer, [(1, "late", range(3, 6))], {"late": 5})
+        with pytest.raises(errors.MissingRowsError, match=r"lacks 3 of its 6 rows, at position 0, 1, 2:") as raised:
+            lens.routed_experts("late")
+        assert raised.value.positions == (0, 1, 2)
+        filled = lens.routed_experts("late", fill=-1)
+        assert filled.dtype == np.int32
+        assert (filled[:3] == -1).all()
+        np.testing.assert_array_equal(filled[3:], rows("late", range(3, 6)))
+        assert lens.routed_experts("late", fill=255).dtype == np.uint8
+        frame = lens.frame()
+        assert frame["experts"].null_count() == 3
+        assert frame["position"].to_list() == list(range(6))
+        assert frame["step"].to_list() == [None] * 3 + [0] * 3
+        assert lens.stats["missing_tokens"] == 3
+        assert lens.requests()["missing"].item() == 3
+
+
+def test_an_unknown_request(published: expert_lens.Lens) -> None:
+    with pytest.raises(errors.UnknownRequestError, match="No request 'c' in capture 'known'"):
+        published.routed_experts("c")
+    with pytest.raises(errors.UnknownRequestError):
+        published.frame("c")
+
+
+def test_requests_beyond_the_memory_make_room_and_say_so() -> None:
+    with make_writer_and_lens("small", memory=4096) as (writer, lens):
+        for number in range(1, 200):
+            publish(writer, [(number, f"r{number}", range(8))], {f"r{number}": 8})
+            writer.finish(number, f"r{number}", 8)
+        stats = lens.stats
+        assert 0 < stats["memory_bytes"] <= 4096 == stats["memory_limit_bytes"]
+        assert stats["evicted_requests"] == 199 - len(lens.requests()) > 0
+        np.testing.assert_array_equal(lens.routed_experts("r199"), rows("r199", range(8)))
+        with pytest.raises(errors.UnknownRequestError, match="make room"):
+            lens.routed_experts("r1")
+        assert lens.counts().sum() == 199 * 8 * publishing.L * publishing.K
+
+
+def test_frame_has_one_row_a_token(published: expert_lens.Lens) -> None:
+    frame = published.frame()
+    assert list(zip(frame["request"], frame["position"], strict=True)) == ALL
+    assert frame["token_id"].to_list() == [publishing.token(*which) for which in ALL]
+    assert frame["phase"].to_list() == ["prefill"] * 4 + ["decode"] + ["prefill"] * 3 + ["decode"]
+    assert frame["step"].to_list() == [0, 0, 0, 0, 2, 1, 1, 1, 2]
+    np.testing.assert_array_equal(frame["experts"].to_numpy(), np.stack([publishing.row(*which) for which in ALL]))
+    assert published.frame("b")["request"].to_list() == ["b"] * 4
+
+
+def test_frame_with_a_tokenizer_has_text() -> None:
+    class Letters:
+        def decode(self, token_ids: list[int]) -> str:
+            return "".join(map(chr, token_ids))
+
+    with make_writer_and_lens("text", tokenizer=Letters()) as (writer, lens):
+        publish(writer, [(1, "a", range(4))], {"a": 4})
+        frame = lens.frame()
+        assert frame.columns[:4] == ["request", "position", "token_id", "token"]
+        assert frame["token"].to_list() == [chr(publishing.token("a", p)) for p in range(4)]
+
+
+def test_an_empty_lens_answers() -> None:
+    with make_writer_and_lens("empty") as (_, lens):
+        assert lens.counts().shape == (publishing.L, publishing.E)
+        assert not lens.counts().any()
+        assert lens.frame().is_empty()
+        assert lens.requests().is_empty()
+
+
+def test_weights() -> None:
+    writer = make_writer("weighted", weights=True)
+    weights = np.linspace(0, 1, 2 * publishing.L * publishing.K, dtype=np.float16).reshape(2, publishing.L, publishing.K)
+    with expert_lens.attach("weighted", lossless=True) as lens:
+        writer.set_batch([(1, "a", 0, 2, 2, "prefill")])
+        writer.publish(rows("a", range(1, 3)), None, np.arange(1, 3, dtype=np.uint32), weights)
+        got = lens.routing_weights("a")
+        assert np.isnan(got[0]).all()
+        np.testing.assert_array_equal(got[1:], weights.astype(np.float32))
+        frame = lens.frame()
+        assert frame["token_id"].null_count() == 3
+        assert frame["weights"].dtype == pl.Array(pl.Float32, (publishing.L, publishing.K))
+        np.testing.assert_array_equal(frame["weights"].slice(1).to_numpy(), weights.astype(np.float32))
+    writer.close()
+
+
+def test_without_weights_asking_for_them_says_how(published: expert_lens.Lens) -> None:
+    with pytest.raises(errors.OptionError, match="weights=True"):
+        published.routing_weights("a")
+
+
+def test_parquet_holds_what_the_frame_holds(published: expert_lens.Lens, tmp_path: Path) -> None:
+    path = published.to_parquet(tmp_path / "run")
+    assert Path(path).parent == tmp_path / "run"
+    read = expert_lens.scan(tmp_path / "run").collect()
+    assert read["source"].unique().len() == 1
+    assert read.drop("source").equals(published.frame())
+
+
+def test_an_export_of_nothing_is_read_back_empty(tmp_path: Path) -> None:
+    with make_writer_and_lens("empty") as (_, lens):
+        lens.to_parquet(tmp_path)
+        assert expert_lens.scan(tmp_path).collect().is_empty()
+
+
+def test_export_and_recording_of_one_capture_are_one_trace(published: expert_lens.Lens, tmp_path: Path) -> None:
+    with published.record(tmp_path):
+        pass
+    published.to_parquet(tmp_path)
+    read = expert_lens.scan(tmp_path).collect()
+    assert read.drop("source").equals(published.frame())
+    (stats,) = published.stats["recordings"]
+    assert (stats["state"], stats["tokens"]) == ("ended", 9)
+
+
+def test_a_closed_lens_still_answers(published: expert_lens.Lens) -> None:
+    published.close()
+    published.close()
+    np.testing.assert_array_equal(published.counts(), count(ALL))
+    np.testing.assert_array_equal(published.routed_experts("a"), rows("a", range(5)))
+    assert published.stats["state"] == "ended"
+    assert "closed" in repr(published)
+    with pytest.raises(errors.ExpertLensError, match="closed"):
+        published.record("nowhere")
+    assert not Path("nowhere").exists()
+
+
+def test_captures_lists_the_running_ones(captures_directory: Path, tmp_path: Path) -> None:
+    assert expert_lens.captures() == []
+    first, second = make_writer("one"), make_writer("two")
+    assert expert_lens.captures() == ["one", "two"] == expert_lens.captures(captures_directory)
+    assert expert_lens.captures(tmp_path / "elsewhere") == []
+    first.close()
+    assert expert_lens.captures() == ["two"]
+    second.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"memory": "lots"}, "memory is 'lots'"),
+        ({"memory": 0}, "memory is 0"),
+        ({"memory": True}, "memory is True"),
+        ({"arena": "1 parsec"}, "arena is '1 parsec'"),
+        ({"on_full": "panic"}, "on_full is 'panic'"),
+        ({"history": 0}, "history is 0"),
+        ({"name": "other"}, "name cannot be chosen"),
+        ({"weights": True}, "weights cannot be chosen"),
+    ],
+)
+def test_options_that_cannot_be_used(options: dict[str, Any], says: str) -> None:
+    writer = make_writer("known")
+    with pytest.raises(errors.OptionError, match=says):
+        expert_lens.attach("known", **options)
+    writer.close()
+
+
+def test_what_cannot_be_attached_to() -> None:
+    with pytest.raises(errors.UnsupportedModelError, match=r"cannot attach to a builtins\.dict"):
+        expert_lens.attach({})
+    with pytest.raises(errors.CaptureNotFoundError, match="nobody"):
+        expert_lens.attach("nobody")
+    with pytest.raises(TypeError, match="wieghts"):
+        expert_lens.attach("nobody", wieghts=True)  # type: ignore[call-arg]
+
+
+def test_a_lens_by_name_cannot_name_requests(published: expert_lens.Lens) -> None:
+    with pytest.raises(errors.OptionError, match="another process"):
+        published.request("mine")
+
+
+# ---- a model in this process ----
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[Any, Any]:
+    from expert_lens import demo
+
+    return demo.load()
+
+
+def test_a_model_seen_through_the_whole_face(demo: tuple[Any, Any], tmp_path: Path) -> None:
+    model, tokenizer = demo
+    before = dict(vars(model))
+    inputs = tokenizer(["def main(", "Le chat"], return_tensors="pt", padding=True)
+    with expert_lens.attach(model, tokenizer, name="seen") as lens:
+        assert expert_lens.captures() == ["seen"]
+        with lens.request("talk"):
+            output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        assert lens.requests()["request"].to_list() == ["talk.0", "talk.1"]
+        text = "".join(lens.frame("talk.0")["token"])
+        prompt_and_more = [i for i in output[0].tolist() if i != tokenizer.pad_token_id]
+        assert text == tokenizer.decode(prompt_and_more[:-1])
+        assert lens.counts().sum() == len(lens.frame()) * 8 * 2
+        with lens.record(tmp_path):
+            pass
+        assert lens.title == f"byte-moe · transformers {lens.facts['engine_version']} · seen"
+    assert expert_lens.captures() == []
+    assert dict(vars(model)) == before
+    assert expert_lens.scan(tmp_path).collect().drop("source").equals(lens.frame().drop("token"))
+
+
+def test_a_lens_that_nobody_holds_detaches(demo: tuple[Any, Any]) -> None:
+    model, _ = demo
+    before = dict(vars(model))
+    lens = expert_lens.attach(model, name="forgotten")
+    assert expert_lens.captures() == ["forgotten"]
+    del lens
+    gc.collect()
+    assert expert_lens.captures() == []
+    assert dict(vars(model)) == before
+
+
+def test_a_capture_that_switched_itself_off_is_told_once(demo: tuple[Any, Any]) -> None:
+    import torch
+
+    model, _ = demo
+    with expert_lens.attach(model) as lens:
+        model(torch.tensor([[1, 2, 3]]))
+        lens._tap._tap.fail(ValueError("the engine changed under us"))  # type: ignore[union-attr]
+        with pytest.warns(RuntimeWarning, match="switched itself off.*ValueError: the engine changed under us"):
+            lens.counts()
+        lens.counts()
+        assert lens.stats["error"] == "ValueError: the engine changed under us"
+
+
+# ---- other processes ----
+
+PUBLISHER = """
+import json, sys
+import numpy as np, torch
+import expert_lens
+from expert_lens import demo
+
+torch.set_num_threads(1)
+model, tokenizer = demo.load()
+lens = expert_lens.attach(model, name="served")
+print("ready", flush=True)
+sys.stdin.readline()
+prompts = demo.prompts()
+for domain in ("french", "json", "c"):
+    with lens.request(domain):
+        model.generate(**tokenizer(prompts[domain][0], return_tensors="pt"), max_new_tokens=24, do_sample=True)
+held = {r: lens.routed_experts(r).tolist() for r in lens.requests()["request"]}
+print(json.dumps({"counts": lens.counts().tolist(), "requests": held}), flush=True)
+sys.stdin.readline()
+lens.close()
+"""
+
+
+def start(code: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+    )
+
+
+def say(process: subprocess.Popen[str], text: str = "") -> None:
+    assert process.stdin is not None
+    process.stdin.write(f"{text}\n")
+    process.stdin.flush()
+
+
+def hear(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def test_a_model_in_another_process_is_watched_by_name() -> None:
+    with start(PUBLISHER) as process:
+        assert hear(process) == "ready"
+        with expert_lens.attach("served", lossless=True) as lens:
+            assert lens.facts["model"].endswith("byte-moe")
+            say(process)
+            seen = set()
+            while lens.requests().filter(state="finished").height < 3:
+                seen.add(lens.tokens_seen())
+                time.sleep(0.005)
+            theirs = json.loads(hear(process))
+            assert len(seen) > 3, "the lens saw nothing while the model ran"
+            np.testing.assert_array_equal(lens.counts(), theirs["counts"])
+            assert lens.requests()["request"].to_list() == ["french", "json", "c"]
+            for request, experts in theirs["requests"].items():
+                np.testing.assert_array_equal(lens.routed_experts(request), experts)
+            assert lens.stats["state"] == "running"
+            say(process)
+            process.wait(30)
+            deadline = time.monotonic() + 10
+            while lens.stats["state"] != "ended" and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert lens.stats["state"] == "ended"
+
+
+KNOWN_PUBLISHER = """
+import sys
+from publishing import make_writer, publish
+writer = make_writer("known")
+publish(writer, [(1, "a", range(50))], {"a": 50})
+for position in range(50, 60):
+    publish(writer, [(1, "a", [position])], {"a": 50})
+print("published", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_what_a_killed_publisher_published_stays_readable() -> None:
+    with start(KNOWN_PUBLISHER) as process:
+        assert hear(process) == "published"
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+        assert expert_lens.captures() == []
+        with expert_lens.attach("known") as lens:
+            np.testing.assert_array_equal(lens.routed_experts("a"), rows("a", range(60)))
+            deadline = time.monotonic() + 10
+            while lens.stats["state"] != "ended" and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert lens.requests().rows() == [("a", "aborted", 50, 60, 0)]
+
+
+def test_the_engine_side_imports_neither_polars_nor_the_notebook() -> None:
+    code = """
+        import sys
+        import expert_lens
+        from expert_lens import demo
+        model, tokenizer = demo.load()
+        with expert_lens.attach(model) as lens:
+            model.generate(**tokenizer("x", return_tensors="pt"), max_new_tokens=2)
+            lens.counts()
+        print([name for name in ("polars", "anywidget", "ipywidgets", "IPython", "pandas") if name in sys.modules])
+    """
+    with start(code) as process:
+        assert hear(process) == "[]"
+
+
+def test_importing_expert_lens_imports_numpy_and_little_else() -> None:
+    code = """
+        import sys
+        import expert_lens
+        print([name for name in ("torch", "transformers", "polars", "anywidget") if name in sys.modules])
+    """
+    with start(code) as process:
+        assert hear(process) == "[]"
+
+
+class make_writer_and_lens:  # noqa: N801
+    """A writer and a lossless lens on it, closed in the end."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        self.writer = make_writer(name)
+        self.lens = expert_lens.attach(name, lossless=True, **options)
+
+    def __enter__(self) -> tuple[Any, expert_lens.Lens]:
+        return self.writer, self.lens
+
+    def __exit__(self, *_: object) -> None:
+        self.lens.close()
+        self.writer.close()
