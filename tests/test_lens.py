@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import publishing
 import pytest
-from publishing import count, make_writer, publish, rows
 
 import expert_lens
+import publishing
 from expert_lens import errors
+from publishing import count, make_writer, publish, rows
 
 PROMPTS = {"a": 4, "b": 3}
 
@@ -143,7 +143,9 @@ def test_an_empty_lens_answers() -> None:
 
 def test_weights() -> None:
     writer = make_writer("weighted", weights=True)
-    weights = np.linspace(0, 1, 2 * publishing.L * publishing.K, dtype=np.float16).reshape(2, publishing.L, publishing.K)
+    weights = np.linspace(0, 1, 2 * publishing.L * publishing.K, dtype=np.float16).reshape(
+        2, publishing.L, publishing.K
+    )
     with expert_lens.attach("weighted", lossless=True) as lens:
         writer.set_batch([(1, "a", 0, 2, 2, "prefill")])
         writer.publish(rows("a", range(1, 3)), None, np.arange(1, 3, dtype=np.uint32), weights)

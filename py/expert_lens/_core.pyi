@@ -18,6 +18,28 @@ from expert_lens.types import (
     Span,
 )
 
+__all__ = [
+    "DEBUG_BUILD",
+    "LAYOUT_VERSION",
+    "MISSING",
+    "NO_TOKEN",
+    "ArenaCorruptError",
+    "ArenaError",
+    "ArenaPermissionError",
+    "ArenaSpaceError",
+    "ArenaVersionError",
+    "CaptureInUseError",
+    "CaptureNotFoundError",
+    "Collector",
+    "ExpertLensError",
+    "ReaderTableFullError",
+    "RowStream",
+    "Writer",
+    "__version__",
+    "captures",
+    "default_directory",
+]
+
 __version__: Final[str]
 LAYOUT_VERSION: Final[int]
 """Version of the arena's memory layout; independent of the package's version."""
@@ -93,6 +115,15 @@ class Writer:
 
         Returns False if any of the step's rows had to be dropped (they are counted). Never blocks unless
         on_full="wait". Raises ValueError when shapes or dtypes are not these, or the batch's spans end past n.
+        """
+
+    def publish_next(self, experts: npt.NDArray[np.int64], token_ids: npt.NDArray[np.int64] | None) -> bool:
+        """Publish one more token of each row of the last step: the same batch, each position one further.
+
+        experts: n * L * K ids in the order of [n, L, K], of any shape, checked and narrowed here; token_ids: n ids.
+        C-contiguous. The short way for decoding; for writers without weights.
+
+        Returns as `publish`. Raises ValueError when the last step had another number of rows, or an id is no expert's.
         """
 
     def finish(
@@ -178,7 +209,7 @@ class RowStream:
         capture: str,
         *,
         directory: str | None = None,
-        resume: Sequence[tuple[int, int, int, int, int]] = (),
+        resume: Sequence[tuple[int, int, int, int, int]] | None = None,
     ) -> RowStream: ...
     def take(self, rows: int, timeout: float) -> RowBlock:
         """Wait until there are `rows` rows, or `timeout` seconds are over, or a quarter of an arena is held."""

@@ -126,8 +126,8 @@ def attach(
     found = find_engine(engine)
     if found is None:
         raise UnsupportedModelError(
-            f"expert_lens cannot attach to a {type(engine).__module__}.{type(engine).__qualname__}. Give a transformers "
-            "model (PreTrainedModel), or the name of a running capture; expert_lens.captures() lists them."
+            f"expert_lens cannot attach to a {type(engine).__module__}.{type(engine).__qualname__}. Give a "
+            "transformers model (PreTrainedModel), or the name of a running capture; expert_lens.captures() lists them."
         )
     engine_name = found.__name__.rpartition(".")[2]
     capture = f"{engine_name}-{os.getpid()}-{next(_attached)}" if name is None else name
@@ -265,7 +265,7 @@ class Lens:
         """
         rows = self._rows(request)
         missing = np.flatnonzero(rows["phases"] == _core.MISSING)
-        experts = rows["experts"]
+        experts: npt.NDArray[Any] = rows["experts"]
         if not missing.size:
             return experts
         if fill is None:
@@ -344,11 +344,13 @@ class Lens:
 
         path = trace.make_folder(folder)
         trace.check_same_model(path, self._facts)
+        self._look()
         columns = self._collector.requests()
         sources = [trace.source_name(self.name, arena) for arena in self._collector.arenas()]
-        by_request = dict(zip(columns["request"], columns["arena"], strict=True))
-        frame = self._frame(self._request_ids())
-        rows = trace.with_sources(frame, {request: sources[arena] for request, arena in by_request.items()})
+        by_request = {
+            request: sources[arena] for request, arena in zip(columns["request"], columns["arena"], strict=True)
+        }
+        rows = trace.with_sources(self._frame(list(by_request)), by_request)
         return str(trace.write_part(path, f"export-{trace.timestamp()}", rows, self.name, self._facts))
 
     def record(self, folder: str | os.PathLike[str]) -> Recording:

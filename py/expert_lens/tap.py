@@ -24,9 +24,10 @@ import torch
 from expert_lens.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from expert_lens._core import Span, Writer
+    from expert_lens._core import Writer
+    from expert_lens.types import Span
 
-__all__ = ["Rows", "Step", "Tap"]
+__all__ = ["DecodeRun", "Rows", "Step", "Tap"]
 
 MAX_WAITING_STEPS = 64
 """Steps that wait at most while another thread publishes; further ones are lost, and counted."""
@@ -66,6 +67,30 @@ class Rows:
         self.kept = kept
 
 
+class DecodeRun:
+    """Steps of the same batch that follow each other, each with one more token of every row.
+
+    `spans` and `kept`: as in `Rows`, of every step. `num_taken`: how many steps there were.
+    """
+
+    __slots__ = ("kept", "num_taken", "spans", "start")
+
+    def __init__(self, spans: Sequence[Span], start: U32, kept: Indices | None) -> None:
+        self.spans = spans
+        self.start = start
+        self.kept = kept
+        self.num_taken = 0
+
+    def take(self, token_ids: npt.NDArray[Any] | None) -> Rows:
+        """The rows of the next step, whose forward ran over these ids [B, 1]."""
+        positions = self.start + np.uint32(self.num_taken)
+        self.num_taken += 1
+        if token_ids is None:
+            return Rows(self.spans, positions, None, self.kept)
+        column = token_ids.astype(np.uint32).reshape(-1)
+        return Rows(self.spans, positions, column if self.kept is None else column[self.kept], self.kept)
+
+
 class _Current(threading.local):
     step: Step | None = None
 
@@ -95,6 +120,8 @@ class Tap:
         self._checked = False
         self._current = _Current()
         self._batch: Sequence[Span] | None = None
+        self._next: tuple[DecodeRun, int] | None = None
+        """The run that the last step was of, and how many steps of it that made."""
         self._jobs: deque[Callable[[], None]] = deque()
         self._turn = threading.Lock()
 
@@ -149,18 +176,22 @@ class Tap:
 
         Raises UnsupportedModelError when ids have another shape, or lie outside 0 .. num_experts - 1.
         """
+        wide = self._cat(step)
+        if not self._checked or not self._narrow:
+            self._check(step, wide, num_rows)
+        experts = wide.to(self._dtype).numpy().reshape(num_rows, len(self.layers), self.top_k)
+        return experts, self._pack_weights(step, experts.shape) if step.weights else None
+
+    def _cat(self, step: Step) -> torch.Tensor:
+        """All layers' ids side by side: [n, L * K], or [B, S, L * K]."""
         try:
-            wide = torch.cat(step.experts, dim=-1)  # type: ignore[arg-type]  # [n, L * K], or [B, S, L * K]
+            return torch.cat(step.experts, dim=-1)  # type: ignore[arg-type]
         except TypeError:
             if not (silent := self.silent_layers(step)):
                 raise
             raise UnsupportedModelError(
                 f"layers {silent} gave no experts in this forward; rows from here on are missing."
             ) from None
-        if not self._checked or not self._narrow:
-            self._check(step, wide, num_rows)
-        experts = wide.to(self._dtype).numpy().reshape(num_rows, len(self.layers), self.top_k)
-        return experts, self._pack_weights(step, experts.shape) if step.weights else None
 
     def _check(self, step: Step, wide: torch.Tensor, num_rows: int) -> None:
         """Refuse ids of another shape than [num_rows, K], and ids that are no expert's.
@@ -190,8 +221,40 @@ class Tap:
         packed: npt.NDArray[np.float16] = torch.cat(chosen, dim=-1).detach().to(torch.float16).numpy()
         return packed.reshape(shape)
 
-    def publish(self, experts: npt.NDArray[Any], weights: npt.NDArray[np.float16] | None, rows: Rows) -> None:
-        """Publish a packed step: drop the rows that are not kept, and hand the rest to the writer."""
+    def publish_next(self, step: Step, num_rows: int, token_ids: npt.NDArray[np.int64], run: DecodeRun) -> None:
+        """Publish the next step of a run, which ran over these ids [num_rows, 1].
+
+        Right behind the one before, the writer does all of it in one call: that is most of what decoding costs.
+        """
+        if not self._jobs and self._turn.acquire(blocking=False):
+            try:
+                if follows := self._next == (run, run.num_taken):
+                    run.num_taken += 1
+                    self._next = (run, run.num_taken)
+                    self.writer.publish_next(self._cat(step).numpy(), token_ids)
+            except Exception as error:
+                self.fail(error)
+            finally:
+                self._turn.release()
+            if self._jobs:
+                self._run_jobs()
+            if follows:
+                return
+        rows = run.take(token_ids)  # first: its position was forwarded even if packing it fails
+        self.publish(*self.pack(step, num_rows), rows, run)
+
+    def publish(
+        self,
+        experts: npt.NDArray[Any],
+        weights: npt.NDArray[np.float16] | None,
+        rows: Rows,
+        run: DecodeRun | None = None,
+    ) -> None:
+        """Publish a packed step: drop the rows that are not kept, and hand the rest to the writer.
+
+        `run`: the run whose step this is, if others will follow by `publish_next`.
+        """
+        next_step = None if run is None or rows.kept is not None or self.weights else (run, run.num_taken)
         if rows.kept is not None:
             experts = experts[rows.kept]
             weights = weights[rows.kept] if weights is not None else None
@@ -199,7 +262,7 @@ class Tap:
             return
         if not self._jobs and self._turn.acquire(blocking=False):
             try:
-                self._write(experts, weights, rows)
+                self._write(experts, weights, rows, next_step)
             except Exception as error:
                 self.fail(error)
             finally:
@@ -207,7 +270,7 @@ class Tap:
             if self._jobs:
                 self._run_jobs()
         elif len(self._jobs) < MAX_WAITING_STEPS:
-            self._submit(lambda: self._write(experts, weights, rows))
+            self._submit(lambda: self._write(experts, weights, rows, next_step))
         else:
             self.lost_tokens += len(experts)
 
@@ -228,13 +291,21 @@ class Tap:
         self.active = False
         self._submit(self.writer.close)
 
-    def _write(self, experts: npt.NDArray[Any], weights: npt.NDArray[np.float16] | None, rows: Rows) -> None:
+    def _write(
+        self,
+        experts: npt.NDArray[Any],
+        weights: npt.NDArray[np.float16] | None,
+        rows: Rows,
+        next_step: tuple[DecodeRun, int] | None,
+    ) -> None:
+        self._next = None
         spans = rows.spans
         if spans is not self._batch:
             if spans != self._batch:
                 self.writer.set_batch(spans)
             self._batch = spans
         self.writer.publish(experts, rows.token_ids, rows.positions, weights)
+        self._next = next_step
 
     def _submit(self, job: Callable[[], None]) -> None:
         """Run the job, or leave it to the thread that is just running others: never wait for it."""

@@ -20,7 +20,7 @@ pub struct Collector {
 #[pymethods]
 impl Collector {
     #[new]
-    #[pyo3(signature = (capture, *, directory=None, lossless=true, memory_bytes=1 << 30, history=16_384, prompt=true))]
+    #[pyo3(signature = (capture, *, directory=None, lossless=true, memory_bytes=1_073_741_824, history=16_384, prompt=true))]
     fn new(
         py: Python<'_>,
         capture: &str,
@@ -48,8 +48,8 @@ impl Collector {
     }
 
     #[getter]
-    fn tokens(&self) -> PyResult<u64> {
-        Ok(self.inner.tokens())
+    fn tokens(&self) -> u64 {
+        self.inner.tokens()
     }
 
     #[pyo3(signature = (timeout=1.0))]
@@ -99,8 +99,8 @@ impl Collector {
         Ok(Some(dict))
     }
 
-    fn was_evicted(&self, request: &str) -> PyResult<bool> {
-        Ok(self.inner.was_evicted(request))
+    fn was_evicted(&self, request: &str) -> bool {
+        self.inner.was_evicted(request)
     }
 
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
@@ -112,6 +112,7 @@ impl Collector {
         dict.set_item("tokens", stats.tokens)?;
         dict.set_item("dropped_tokens", stats.dropped_tokens)?;
         dict.set_item("lost_tokens", stats.lost_tokens)?;
+        dict.set_item("lost_ends", stats.lost_ends)?;
         dict.set_item("unattributed_tokens", stats.unattributed_tokens)?;
         dict.set_item("unkept_tokens", stats.unkept_tokens)?;
         dict.set_item("missing_tokens", stats.missing_tokens)?;
@@ -124,9 +125,9 @@ impl Collector {
         Ok(dict)
     }
 
-    fn arenas(&self) -> PyResult<Vec<(u32, u32, u64, u64)>> {
+    fn arenas(&self) -> Vec<(u32, u32, u64, u64)> {
         let key = |id: ArenaId| (id.rank, id.producer.pid, id.producer.start_time, id.created_ns);
-        Ok(self.inner.arenas().into_iter().map(key).collect())
+        self.inner.arenas().into_iter().map(key).collect()
     }
 
     fn close(&self, py: Python<'_>) {

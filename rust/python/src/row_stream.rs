@@ -47,12 +47,12 @@ fn range_to_python(range: &RecordRange) -> (u32, u32, u64, u64, u64, u64) {
 #[pymethods]
 impl RowStream {
     #[new]
-    #[pyo3(signature = (capture, *, directory=None, resume=Vec::new()))]
-    fn new(py: Python<'_>, capture: &str, directory: Option<PathBuf>, resume: Vec<Resume>) -> PyResult<Self> {
+    #[pyo3(signature = (capture, *, directory=None, resume=None))]
+    fn new(py: Python<'_>, capture: &str, directory: Option<PathBuf>, resume: Option<Vec<Resume>>) -> PyResult<Self> {
         let arena = |(rank, pid, start_time, created_ns, last): Resume| {
             (ArenaId { rank, producer: Producer { pid, start_time }, created_ns }, last)
         };
-        let resume: Vec<_> = resume.into_iter().map(arena).collect();
+        let resume: Vec<_> = resume.into_iter().flatten().map(arena).collect();
         let directory = directory_or_default(directory);
         let stream = py.detach(|| collector::RowStream::open(directory, capture, &resume)).map_err(to_python)?;
         let facts = stream.facts().clone();

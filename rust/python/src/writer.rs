@@ -4,7 +4,7 @@ use crate::errors::to_python;
 use crate::{directory_or_default, phase_of, seconds};
 use expert_lens_arena::{End, Facts, OnFull, Outcome, Publisher, Rows, Span};
 use half::f16;
-use numpy::{Element, PyReadonlyArray, PyReadonlyArray1, PyReadonlyArray3};
+use numpy::{Element, PyReadonlyArray, PyReadonlyArray1, PyReadonlyArray3, PyReadonlyArrayDyn};
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use std::path::PathBuf;
@@ -17,16 +17,23 @@ pub struct Writer {
     waits: bool,
     /// What `steps` and `dropped_tokens` say once it is closed.
     last: (u64, u64),
+    /// Positions of the last step.
+    positions: Vec<u32>,
+    /// The ids of `publish_next`, narrowed.
+    narrow: Vec<u8>,
+    token_ids: Vec<u32>,
 }
 
 type PySpan = (u64, String, u32, u32, u32, String);
 
 impl Writer {
     fn open(&mut self) -> PyResult<&mut Publisher> {
-        self.publisher.as_mut().ok_or_else(|| {
-            PyRuntimeError::new_err("this writer is closed; attach again to publish under a new capture")
-        })
+        self.publisher.as_mut().ok_or_else(closed)
     }
+}
+
+fn closed() -> PyErr {
+    PyRuntimeError::new_err("this writer is closed; attach again to publish under a new capture")
 }
 
 fn contiguous<'a, T: Element, D: numpy::ndarray::Dimension>(
@@ -90,7 +97,15 @@ impl Writer {
         let publisher = Publisher::create(&directory_or_default(directory), capture, arena_bytes, &facts, on_full)
             .map_err(to_python)?;
         let path = publisher.path().to_owned();
-        Ok(Self { publisher: Some(publisher), path, waits: on_full != OnFull::Drop, last: (0, 0) })
+        Ok(Self {
+            publisher: Some(publisher),
+            path,
+            waits: on_full != OnFull::Drop,
+            last: (0, 0),
+            positions: Vec::new(),
+            narrow: Vec::new(),
+            token_ids: Vec::new(),
+        })
     }
 
     fn set_batch(&mut self, spans: Vec<PySpan>) -> PyResult<()> {
@@ -138,6 +153,55 @@ impl Writer {
         };
         // The GIL is kept unless the writer may wait: to get it back could take longer than the copy.
         let published = if waits { py.detach(|| publisher.publish(&rows)) } else { publisher.publish(&rows) };
+        let published = published.map_err(to_python)?;
+        self.positions.clear();
+        self.positions.extend_from_slice(rows.positions);
+        Ok(published.dropped == 0)
+    }
+
+    fn publish_next(
+        &mut self,
+        py: Python<'_>,
+        experts: PyReadonlyArrayDyn<'_, i64>,
+        token_ids: Option<PyReadonlyArrayDyn<'_, i64>>,
+    ) -> PyResult<bool> {
+        let Self { publisher, positions, narrow, token_ids: tokens, waits, .. } = self;
+        let publisher = publisher.as_mut().ok_or_else(closed)?;
+        let facts = publisher.facts();
+        let wide = contiguous("experts", &experts)?;
+        let row = facts.layers.len() * facts.top_k as usize;
+        if positions.is_empty() || wide.len() != positions.len() * row {
+            return Err(PyValueError::new_err(format!(
+                "experts has {} ids; the last step had {} rows of {row}",
+                wide.len(),
+                positions.len()
+            )));
+        }
+        let in_range = 0..i64::from(facts.num_experts);
+        if let Some(id) = wide.iter().find(|id| !in_range.contains(id)) {
+            return Err(PyValueError::new_err(format!(
+                "expert id {id} lies outside 0 .. {}; nothing of this step was published",
+                facts.num_experts - 1
+            )));
+        }
+        narrow.clear();
+        if facts.id_bytes() == 1 {
+            narrow.extend(wide.iter().map(|&id| id as u8));
+        } else {
+            narrow.extend(wide.iter().flat_map(|&id| (id as u16).to_ne_bytes()));
+        }
+        if let Some(ids) = &token_ids {
+            tokens.clear();
+            tokens.extend(contiguous("token_ids", ids)?.iter().map(|&id| id as u32));
+        }
+        positions.iter_mut().for_each(|position| *position += 1);
+        let rows = Rows {
+            experts: narrow,
+            token_ids: token_ids.is_some().then_some(tokens.as_slice()),
+            positions,
+            weights: None,
+        };
+        let published = if *waits { py.detach(|| publisher.publish(&rows)) } else { publisher.publish(&rows) };
         Ok(published.map_err(to_python)?.dropped == 0)
     }
 

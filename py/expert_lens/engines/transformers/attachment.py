@@ -359,7 +359,7 @@ class _ExpertsForward(StandIn):
         else:
             self.note(args, kwargs)
         if self.replaced is not MISSING:
-            return self.replaced(*args, **kwargs)  # type: ignore[operator]
+            return self.replaced(*args, **kwargs)
         return type(self.owner).forward(self.owner, *args, **kwargs)
 
     def note(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -422,5 +422,3 @@ def _returned_cache(output: Any) -> Any:
     if cache is None and isinstance(output, tuple):
         return next((part for part in output if hasattr(part, "get_seq_length")), None)
     return cache
-
-

@@ -17,7 +17,7 @@ from expert_lens.errors import EngineHookError
 from expert_lens.tap import Rows, Tap
 
 if TYPE_CHECKING:
-    from expert_lens._core import Phase, Span
+    from expert_lens.types import Phase, Span
 
 __all__ = ["ContinuousBatches"]
 

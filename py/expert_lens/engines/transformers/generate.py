@@ -13,7 +13,7 @@ from expert_lens.errors import EngineHookError
 from expert_lens.tap import Rows, Step, Tap
 
 if TYPE_CHECKING:
-    from expert_lens._core import Phase
+    from expert_lens.types import Phase
 
 __all__ = ["Columns", "GenerateCall", "follow_criteria"]
 
@@ -75,8 +75,8 @@ class GenerateCall:
         self._names = names
         self._assistant = arguments.get("assistant_model")
         self._custom = arguments.get("custom_generate") is not None
-        self._prompt = arguments.get("inputs", arguments.get("input_ids"))
-        self._prompt_mask = arguments.get("attention_mask")
+        self._prompt: Any = arguments.get("inputs", arguments.get("input_ids"))
+        self._prompt_mask: Any = arguments.get("attention_mask")
         self._total = 0
         self._decoding = False
         self._checked = False
@@ -118,8 +118,9 @@ class GenerateCall:
             raise EngineHookError(
                 f"generate reached its first forward without calling _get_stopping_criteria: {UNKNOWN_RELEASE}"
             )
-        rows = self._rows(columns) if self.mode != "assisted" else self._hold(step, columns)
-        if rows is not None:
+        if self.mode == "assisted":
+            self._hold(step, columns)
+        elif (rows := self._rows(columns)) is not None:
             self._tap.publish(*self._tap.pack(step, columns.batch * columns.width), rows)
 
     def criteria_called(self, length: int, done: list[bool]) -> None:
@@ -157,8 +158,7 @@ class GenerateCall:
         sequences = self.sequences
         assert sequences is not None
         if self._expects_token(sequences):
-            rows = sequences.take_next(self._step_tokens.numpy())
-            self._tap.publish(*self._tap.pack(step, self._step_shape[0]), rows)
+            self._tap.publish_next(step, self._step_shape[0], self._step_tokens.numpy(), sequences.run())
 
     def _expects_token(self, sequences: Sequences) -> bool:
         """Whether any row does, in a forward after the engine has asked the stopping criteria."""

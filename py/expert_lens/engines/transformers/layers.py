@@ -156,8 +156,8 @@ def _no_layers_error(model: Any, decoder: nn.Module) -> NotMoEError | Unsupporte
     for part_name, part in decoder.named_modules():
         if part_name and ROUTED_WORDS.search(type(part).__name__) and _looks_routed(part):
             return UnsupportedModelError(
-                f"{name} is not supported: {part_name} ({type(part).__name__}) seems to route tokens to experts, but its "
-                f"parts have no forward(hidden_states, {'|'.join(ID_NAMES)}, {'|'.join(WEIGHT_NAMES)})."
+                f"{name} is not supported: {part_name} ({type(part).__name__}) seems to route tokens to experts, but "
+                f"its parts have no forward(hidden_states, {'|'.join(ID_NAMES)}, {'|'.join(WEIGHT_NAMES)})."
             )
     return NotMoEError(
         f"{name} has no routed experts in {type(decoder).__name__}: it is a dense model, so there is nothing to "
@@ -167,6 +167,4 @@ def _no_layers_error(model: Any, decoder: nn.Module) -> NotMoEError | Unsupporte
 
 def _looks_routed(module: nn.Module) -> bool:
     """Whether a module named like a routed one has experts: some families name their norms so, too."""
-    return any(
-        hasattr(module, attribute) for attribute in ("experts", "router", "gate", "input_linear", "num_experts")
-    )
+    return any(hasattr(module, attribute) for attribute in ("experts", "router", "gate", "input_linear", "num_experts"))

@@ -47,16 +47,17 @@ class StandIn:
         self.owner = owner
         self.name = name
         self.removed = False
-        self.replaced = vars(owner).get(name, MISSING)
+        self.replaced: Any = vars(owner).get(name, MISSING)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the owner would do; a subclass does more."""
         return self.call_original(*args, **kwargs)
 
     def call_original(self, *args: Any, **kwargs: Any) -> Any:
         """What the owner would do without us: its class's method, as it is now, or the one put on it before us."""
         if self.replaced is MISSING:
             return getattr(type(self.owner), self.name)(self.owner, *args, **kwargs)
-        return self.replaced(*args, **kwargs)  # type: ignore[operator]
+        return self.replaced(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if self.replaced is not MISSING:
@@ -99,7 +100,7 @@ class Patch:
 def uncompiled(function: Callable[..., None]) -> Callable[..., None]:
     """The function as torch.compile must call it: outside its graphs, without a look inside."""
     reason = "expert_lens captures here; compile without fullgraph, or close the capture first"
-    disabled: Callable[..., None] = torch.compiler.disable(function, reason=reason)
+    disabled: Callable[..., None] = torch.compiler.disable(function, reason=reason)  # type: ignore[no-untyped-call]
     return disabled
 
 

@@ -2,13 +2,16 @@
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from expert_lens.engines.transformers.generate import Columns
 from expert_lens.engines.transformers.requests import RequestNames, Sequences, real_tokens
 from expert_lens.tap import Step, Tap
+
+if TYPE_CHECKING:
+    from expert_lens.types import Phase
 
 __all__ = ["PlainForwards"]
 
@@ -54,7 +57,7 @@ class PlainForwards:
         else:
             first_position = np.full(columns.batch, columns.past)
         sequences.move(columns.past, first_position)
-        phase = "decode" if columns.past and columns.width == 1 else "prefill"
+        phase: Phase = "decode" if columns.past and columns.width == 1 else "prefill"
         rows = sequences.take(told[1], columns.tokens, columns.width, phase)
         self._tap.publish(*self._tap.pack(step, columns.batch * columns.width), rows)
         cache = after if after is not None else before

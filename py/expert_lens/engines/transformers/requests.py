@@ -8,17 +8,16 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from expert_lens.errors import OptionError
-from expert_lens.tap import Rows, Tap
+from expert_lens.tap import DecodeRun, Rows, Tap
 
 if TYPE_CHECKING:
-    from expert_lens._core import Phase, Span
+    from expert_lens.types import Phase, Span
 
 __all__ = ["RequestNames", "Sequences", "join_rows", "next_number", "real_tokens"]
 
@@ -104,17 +103,6 @@ def real_tokens(mask: Any, past: int, width: int) -> tuple[npt.NDArray[np.int64]
     return None
 
 
-@dataclass(slots=True)
-class _Decode:
-    """What stays the same from one decoded token to the next, and where it has come."""
-
-    spans: list[Span]
-    positions: npt.NDArray[np.uint32]
-    kept: npt.NDArray[np.intp] | None
-    alive: npt.NDArray[np.intp]
-    num_taken: int = 0
-
-
 class Sequences:
     """The sequences of one call, a row of the batch each, and how far each has come.
 
@@ -122,9 +110,7 @@ class Sequences:
     sequences are counted and kept for no request.
     """
 
-    def __init__(
-        self, ids: list[str] | None, first_position: npt.NDArray[np.int64], columns: int
-    ) -> None:
+    def __init__(self, ids: list[str] | None, first_position: npt.NDArray[np.int64], columns: int) -> None:
         self.ids = ids
         self.numbers = [next_number() for _ in ids] if ids is not None else []
         self._next_position = first_position.astype(np.int64)
@@ -133,7 +119,8 @@ class Sequences:
         self.ended = False
         self._done = np.zeros(len(self._next_position), dtype=np.bool_)
         self._num_done = 0
-        self._decode: _Decode | None = None
+        self._run: DecodeRun | None = None
+        self._alive: npt.NDArray[np.intp] | None = None
 
     def __len__(self) -> int:
         return len(self._done)
@@ -153,7 +140,6 @@ class Sequences:
     def move(self, columns: int, next_position: npt.NDArray[np.int64] | None = None) -> None:
         """Go on from this column, and position in each row: what comes after was cut from the cache."""
         self._settle()
-        self._decode = None
         self._columns = columns
         if next_position is not None:
             self._next_position[:] = next_position
@@ -176,11 +162,11 @@ class Sequences:
         """These rows have their last token: what is fed to them from now on is padding."""
         if True not in done:
             return
-        self._settle()
-        self._done |= np.array(done)
-        if (num_done := int(self._done.sum())) != self._num_done:
+        all_done = self._done | np.array(done)
+        if (num_done := int(all_done.sum())) != self._num_done:
+            self._settle()
+            self._done = all_done
             self._num_done = num_done
-            self._decode = None
 
     def take(
         self, real: Mask | None, tokens: npt.NDArray[Any] | None, width: int, phase: Phase, *, skip: int = 0
@@ -201,7 +187,6 @@ class Sequences:
         self._columns += width
         if phase == "prefill":
             np.maximum(self.prompt_tokens, self._next_position, out=self.prompt_tokens, where=counts > 0)
-        self._decode = None
         everything = skip == 0 and positions.size == batch * width
         kept = None if everything else _flat_index(real, skip)
         return Rows(
@@ -213,30 +198,23 @@ class Sequences:
 
     def take_next(self, tokens: npt.NDArray[Any] | None) -> Rows:
         """The rows of a forward over one column, [B, 1]: one token of each row that is not done."""
-        if self._decode is None:
-            self._decode = self._prepare_decode()
-        decode = self._decode
-        positions = decode.positions
-        decode.positions = positions + 1  # a new array: the writer may still hold the old one
-        decode.num_taken += 1
-        if tokens is None:
-            return Rows(decode.spans, positions, None, decode.kept)
-        column = tokens.astype(np.uint32).reshape(-1)
-        return Rows(decode.spans, positions, column if decode.kept is None else column[decode.kept], decode.kept)
+        return self.run().take(tokens)
 
-    def _prepare_decode(self) -> _Decode:
-        alive = np.flatnonzero(~self._done)
-        spans = self._spans((~self._done).astype(np.int64), "decode")
-        kept = alive if self._num_done else None
-        return _Decode(spans, self.next_position[alive].astype(np.uint32), kept, alive)
+    def run(self) -> DecodeRun:
+        """The run of forwards over one column each, as long as the same rows are not done."""
+        if self._run is None:
+            self._alive = np.flatnonzero(~self._done)
+            spans = self._spans((~self._done).astype(np.int64), "decode")
+            kept = self._alive if self._num_done else None
+            self._run = DecodeRun(spans, self._next_position[self._alive].astype(np.uint32), kept)
+        return self._run
 
     def _settle(self) -> None:
-        """Count what `take_next` has taken."""
-        decode = self._decode
-        if decode is not None and decode.num_taken:
-            self._next_position[decode.alive] += decode.num_taken
-            self._columns += decode.num_taken
-            decode.num_taken = 0
+        """Count what the run has taken, and end it."""
+        run, self._run = self._run, None
+        if run is not None:
+            self._next_position[self._alive] += run.num_taken
+            self._columns += run.num_taken
 
     def finish(self, tap: Tap, state: Literal["finished", "aborted"]) -> None:
         """State the end of each sequence, once; those that had their last token have finished in any case.
@@ -271,9 +249,11 @@ def join_rows(first: Rows, second: Rows) -> Rows:
         return first
     if not len(first.positions):
         return second
-    assert first.kept is not None and second.kept is not None
+    assert first.kept is not None
+    assert second.kept is not None
     shift = len(first.positions)
-    spans = [*first.spans, *((n, i, row + shift, rows, prompt, phase) for n, i, row, rows, prompt, phase in second.spans)]
+    later: list[Span] = [(span[0], span[1], span[2] + shift, *span[3:]) for span in second.spans]
+    spans = [*first.spans, *later]
     tokens = (
         None
         if first.token_ids is None or second.token_ids is None
@@ -286,4 +266,5 @@ def join_rows(first: Rows, second: Rows) -> Rows:
 def _flat_index(real: Mask, skip: int) -> npt.NDArray[np.intp]:
     """Where the real tokens of columns [skip, skip + width) lie in the flattened batch."""
     rows, columns = np.nonzero(real)
-    return rows * (skip + real.shape[1]) + skip + columns
+    flat: npt.NDArray[np.intp] = rows * (skip + real.shape[1]) + skip + columns
+    return flat

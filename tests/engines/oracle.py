@@ -62,7 +62,7 @@ def columns(forwards: Sequence[Array], batch: int) -> Array:
 
 
 def columns_of_refeeding(forwards: Sequence[Array], batch: int) -> Array:
-    """As `columns`, for a run without a cache: each forward holds all columns so far, and only its last ones are new."""
+    """As `columns`, for a run without a cache: each forward holds all columns so far; only its last ones are new."""
     seen, new = 0, []
     for rows in forwards:
         grid = rows.reshape(batch, -1, *rows.shape[1:])

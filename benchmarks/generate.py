@@ -1,0 +1,118 @@
+"""`generate` with and without the lens, beside what people do by hand: `python benchmarks/generate.py`.
+
+Every round runs each way once, in an order of its own, on the same prompts and the same number of greedy tokens; a
+figure is the throughput relative to the mean of the round's two runs without anything.
+"""
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+import expert_lens
+from expert_lens import demo
+
+TOKENS = 128
+ROUNDS = 15
+BATCHES = (1, 8)
+
+
+@contextmanager
+def nothing(_: Any) -> Iterator[None]:
+    """The model as it is."""
+    yield
+
+
+@contextmanager
+def lens(model: Any) -> Iterator[None]:
+    """Every row published, collected, counted and kept by request."""
+    with expert_lens.attach(model):
+        yield
+
+
+@contextmanager
+def hooks_with_cpu(model: Any) -> Iterator[None]:
+    """A forward hook on each router that copies its ids, as notebooks do; whose rows they are is not known."""
+    held: list[torch.Tensor] = []
+    handles = [
+        layer.mlp.gate.register_forward_hook(lambda _, __, output: held.append(output[2].cpu().clone()))
+        for layer in model.model.layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def router_logits(model: Any) -> Iterator[None]:
+    """`output_router_logits=True`, and the top-k of what it returns; `generate` itself drops them."""
+    held: list[torch.Tensor] = []
+
+    def keep(_: Any, __: Any, output: Any) -> None:
+        held.append(torch.stack(output.router_logits).topk(model.config.num_experts_per_tok).indices.cpu())
+
+    model.config.output_router_logits = True
+    handle = model.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+        model.config.output_router_logits = False
+
+
+WAYS: dict[str, Callable[[Any], Any]] = {
+    "lens": lens,
+    "hooks with .cpu()": hooks_with_cpu,
+    "output_router_logits": router_logits,
+}
+
+
+def seconds(model: Any, inputs: Any, way: Callable[[Any], Any]) -> float:
+    """Of one generate call; attaching and detaching are not counted."""
+    with way(model):
+        began = time.perf_counter()
+        model.generate(**inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
+        return time.perf_counter() - began
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    model, tokenizer = demo.load()
+    texts = [text for texts in demo.prompts().values() for text in texts]
+    for batch in BATCHES:
+        inputs = tokenizer(texts[:batch], return_tensors="pt", padding=True)
+        # With a padded batch, output_router_logits fails in transformers 5.23 as soon as a cache is used.
+        ways = WAYS if batch == 1 else {name: way for name, way in WAYS.items() if way is not router_logits}
+        for way in (nothing, *ways.values()):
+            seconds(model, inputs, way)
+        ratios: dict[str, list[float]] = {name: [] for name in ways}
+        plain: list[float] = []
+        for _ in range(ROUNDS):
+            order = [*ways, "none", "none"]
+            random.shuffle(order)
+            took = [(name, seconds(model, inputs, ways.get(name, nothing))) for name in order]
+            base = statistics.mean(spent for name, spent in took if name == "none")
+            plain.append(base / TOKENS * 1e3)
+            for name, spent in took:
+                if name != "none":
+                    ratios[name].append(base / spent)
+        show(f"generate, batch {batch}: a step without anything", "ms", plain)
+        for name, values in ratios.items():
+            show(f"generate, batch {batch}: {name} : nothing", "throughput ratio", values, bar=0.99)
+
+
+def show(name: str, unit: str, values: list[float], bar: float | None = None) -> None:
+    low, median, high = statistics.quantiles(values, n=4)
+    line = {"name": name, "unit": unit, "median": round(median, 4), "spread": [round(low, 4), round(high, 4)]}
+    print(json.dumps(line | ({"bar": f">= {bar}"} if bar and "lens" in name else {})), flush=True)
+
+
+if __name__ == "__main__":
+    main()

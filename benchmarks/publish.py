@@ -1,0 +1,76 @@
+"""What one publish costs the engine's thread: `python benchmarks/publish.py`.
+
+The tap packs 48 layers' top-k ids, stacked and cast once, and the writer copies them into the arena; beside it, what
+a recorder written by hand does: a copy to the host for each layer.
+"""
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from expert_lens._core import Writer
+from expert_lens.tap import Rows, Tap
+
+LAYERS, EXPERTS, TOP_K = 48, 128, 8
+ROUNDS = 3000
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for rows in (1, 64):
+        measure(rows)
+
+
+def measure(rows: int) -> None:
+    facts = {"layers": list(range(LAYERS)), "num_experts": EXPERTS, "top_k": TOP_K}
+    writer = Writer(f"publish-{rows}", **facts)
+    tap = Tap(writer, **facts)
+    ids = [torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(rows)]) for _ in range(LAYERS)]
+    spans = [(row + 1, f"r{row}", row, 1, 1, "decode") for row in range(rows)]
+    positions = np.zeros(rows, np.uint32)
+    tokens = np.zeros(rows, np.uint32)
+
+    def lens() -> None:
+        step = tap.begin()
+        for slot, layer in enumerate(ids):
+            tap.layer(slot, layer)
+        step = tap.end()
+        tap.publish(*tap.pack(step, rows), Rows(spans, positions, tokens))
+
+    packed = np.zeros((rows, LAYERS, TOP_K), np.uint8)
+
+    def writer_alone() -> None:
+        writer.publish(packed, tokens, positions)
+
+    def by_hand() -> None:
+        [layer.cpu().clone() for layer in ids]
+
+    ways: dict[str, Callable[[], None]] = {
+        "tap and writer": lens,
+        "writer alone": writer_alone,
+        "a clone a layer": by_hand,
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        for _ in range(200):
+            way()
+    for _ in range(ROUNDS):
+        for name in random.sample(list(ways), len(ways)):
+            began = time.perf_counter_ns()
+            ways[name]()
+            times[name].append((time.perf_counter_ns() - began) / 1e3)
+    tap.close()
+    for name, values in times.items():
+        low, median, high = statistics.quantiles(values, n=4)
+        line = {"name": f"publish [{rows}, 48, 8]: {name}", "unit": "µs", "median": round(median, 2)}
+        line["spread"] = [round(low, 2), round(high, 2)]
+        print(json.dumps(line | ({"bar": "<= 15"} if name == "tap and writer" else {}), ensure_ascii=False), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""A model attached, with a reader at the other end of its arena; and what tests of engines ask of both."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+import oracle
+from expert_lens._core import Collector
+from expert_lens.engines import transformers as engine
+from oracle import Oracle
+from tiny_models import EOS, PAD, VOCAB
+
+MISSING = 255
+Array = np.ndarray[Any, Any]
+
+
+class Capture:
+    """A model attached, and a reader at the other end of its arena."""
+
+    _count = 0
+
+    def __init__(self, model: Any, directory: Path, **options: Any) -> None:
+        Capture._count += 1
+        name = f"test-{Capture._count}"
+        self.tap = engine.attach(model, name, directory=str(directory), arena_bytes=1 << 22, **options)
+        self.collector = Collector(name, directory=str(directory))
+
+    def requests(self) -> dict[str, dict[str, Any]]:
+        assert self.collector.sync()
+        table = self.collector.requests()
+        keys = ("state", "prompt_tokens", "tokens", "missing")
+        return {name: {key: table[key][row] for key in keys} for row, name in enumerate(table["request"])}
+
+    def rows(self, request: str) -> Any:
+        assert self.collector.sync()
+        rows = self.collector.rows(request)
+        assert rows is not None, f"no request {request} among {list(self.requests())}"
+        return rows
+
+    def experts(self, request: str) -> Array:
+        """The request's experts, all of which must be there."""
+        rows = self.rows(request)
+        assert not (rows["phases"] == MISSING).any()
+        return rows["experts"]
+
+    def stats(self) -> Any:
+        assert self.collector.sync()
+        return self.collector.stats()
+
+    def close(self) -> None:
+        self.collector.close()
+        self.tap.close()
+
+
+Attach = Callable[..., Capture]
+
+
+def padded(lengths: Sequence[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random prompts of these lengths, padded on the left, and their mask."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths)
+    ids = torch.randint(3, VOCAB, (len(lengths), width), generator=generator)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, width - length :] = 1
+    return ids * mask + PAD * (1 - mask), mask
+
+
+def hooks_of(model: Any) -> list[Any]:
+    """Everything that stands on the model's modules or instead of their methods."""
+    return [
+        (name, dict(module._forward_hooks), dict(module._forward_pre_hooks))
+        for name, module in model.named_modules()
+        if module._forward_hooks or module._forward_pre_hooks
+    ] + [
+        (name, key) for name, module in model.named_modules() for key, value in vars(module).items() if callable(value)
+    ]
+
+
+def check_generated(
+    capture: Capture,
+    truth: Oracle,
+    sequences: torch.Tensor,
+    mask: torch.Tensor,
+    names: Sequence[str],
+    *,
+    lengths: Sequence[int] | None = None,
+    grid: Array | None = None,
+) -> list[int]:
+    """Each request has exactly the rows that the experts received for it; gives the outputs' lengths."""
+    lengths = lengths or oracle.output_lengths(sequences, mask.shape[1], [EOS])
+    grid = oracle.columns(truth.ids, len(sequences)) if grid is None else grid
+    expected = oracle.request_rows(grid, mask, lengths)
+    tokens = oracle.request_tokens(sequences, mask, lengths)
+    table = capture.requests()
+    assert capture.tap.error is None
+    for row, name in enumerate(names):
+        rows = capture.rows(name)
+        prompt = int(mask[row].sum())
+        np.testing.assert_array_equal(rows["experts"], expected[row])
+        np.testing.assert_array_equal(rows["token_ids"], tokens[row])
+        np.testing.assert_array_equal(rows["phases"], [0] * prompt + [1] * (lengths[row] - 1))
+        assert table[name] == {
+            "state": "finished",
+            "prompt_tokens": prompt,
+            "tokens": prompt + lengths[row] - 1,
+            "missing": 0,
+        }
+    return list(lengths)
+
+
+def small_batches(**changes: Any) -> Any:
+    """A cache of 64 pages; the default takes nearly all memory that there is."""
+    return transformers.ContinuousBatchingConfig(**{"num_blocks": 64, "page_size": 4, **changes})
+
+
+def generate_batch(model: Any, prompts: list[list[int]], **options: Any) -> Any:
+    return model.generate_batch(prompts, **{"continuous_batching_config": small_batches(), **options})

@@ -1,0 +1,162 @@
+"""Continuous batching: `generate_batch`."""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers.generation.continuous_batching import input_outputs
+
+from expert_lens.errors import (
+    EngineHookError,
+)
+from oracle import Oracle
+from support import MISSING, Array, Attach, Capture, generate_batch, small_batches
+from tiny_models import FAMILIES
+
+
+class Batches:
+    """What each packed forward held, noted where the engine writes its tensors: [(request, tokens)]."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[tuple[str, int, int]]] = []
+
+    @contextmanager
+    def watching(self) -> Iterator["Batches"]:
+        original = input_outputs.ContinuousBatchingIOs.prepare_batch_tensors
+
+        def prepare(io: Any, requests_in_batch: Any, *args: Any, **kwargs: Any) -> Any:
+            self.batches.append(
+                [(each.state.request_id, each.state.position_offset, each.query_length) for each in requests_in_batch]
+            )
+            return original(io, requests_in_batch, *args, **kwargs)
+
+        input_outputs.ContinuousBatchingIOs.prepare_batch_tensors = prepare
+        try:
+            yield self
+        finally:
+            input_outputs.ContinuousBatchingIOs.prepare_batch_tensors = original
+
+    def rows(self, truth: Oracle) -> dict[str, dict[int, Array]]:
+        """Of each request, the experts by position; the last forward over a position counts."""
+        result: dict[str, dict[int, Array]] = {}
+        for batch, ids in zip(self.batches, truth.ids, strict=True):
+            start = 0
+            for request, position, length in batch:
+                held = result.setdefault(request, {})
+                held.update({position + i: ids[start + i] for i in range(length)})
+                start += length
+            assert start == len(ids)
+        return result
+
+
+def check_batches(capture: Capture, truth: Oracle, batches: Batches, results: dict[str, Any]) -> None:
+    expected = batches.rows(truth)
+    assert capture.tap.error is None
+    for request, result in results.items():
+        rows = capture.rows(request)
+        tokens = (result.prompt_ids + result.generated_tokens)[:-1]
+        prompt = len(result.prompt_ids)
+        assert len(rows["phases"]) == len(tokens)
+        for position, phase in enumerate(rows["phases"]):
+            if position not in expected[request]:
+                assert phase == MISSING
+                continue
+            np.testing.assert_array_equal(rows["experts"][position], expected[request][position])
+            assert rows["token_ids"][position] == tokens[position]
+            assert phase == (0 if position < prompt else 1)
+        entry = capture.requests()[request]
+        assert (entry["state"], entry["prompt_tokens"]) == ("finished", prompt)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_continuous_batching_gives_the_rows_that_the_experts_received(family: str, attach: Attach) -> None:
+    changes = {"gpt_oss": {"attn_implementation": "eager"}, "deepseek_v3": {"v_head_dim": 16}}.get(family, {})
+    model = FAMILIES[family](**changes)
+    if family == "deepseek_v3":
+        model.config.head_dim = 16  # the paged cache of transformers 5.23 takes the rotary part's size for the whole
+    capture = attach(model)
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15], [16, 17, 18, 19], [20, 21]]
+    with Oracle(model).watching() as truth, Batches().watching() as batches:
+        results = generate_batch(model, prompts, max_new_tokens=9)
+    assert len(results) == 5
+    check_batches(capture, truth, batches, results)
+    assert {entry["missing"] for entry in capture.requests().values()} == {0}
+    assert capture.stats()["tokens"] == sum(len(ids) for ids in truth.ids)
+
+
+def test_prompts_that_are_cut_into_chunks_are_put_together_again(attach: Attach, model: Any) -> None:
+    capture = attach(model)
+    config = small_batches(max_batch_tokens=8)
+    prompts = [list(range(3, 33)), [40, 41, 42], list(range(20, 45))]
+    with Oracle(model).watching() as truth, Batches().watching() as batches:
+        results = generate_batch(model, prompts, max_new_tokens=5, continuous_batching_config=config)
+    check_batches(capture, truth, batches, results)
+    assert len(batches.batches) > 7
+
+
+def test_a_prefix_that_another_request_computed_is_missing(attach: Attach, model: Any) -> None:
+    capture = attach(model)
+    config = small_batches(allow_block_sharing=True)
+    shared = list(range(3, 15))
+    with (
+        Oracle(model).watching() as truth,
+        Batches().watching() as batches,
+        model.continuous_batching_context_manager(continuous_batching_config=config) as manager,
+    ):
+        results = {}
+        for prompt in ([*shared, 50], [*shared, 51, 52]):
+            request = manager.add_request(prompt, max_new_tokens=4)
+            results[request] = next(iter(manager.request_id_iter(request)))
+    check_batches(capture, truth, batches, results)
+    assert [entry["missing"] for entry in capture.requests().values()] == [0, 12]
+
+
+def test_sequences_that_part_from_one_prompt_have_their_own_rows(attach: Attach, model: Any) -> None:
+    capture = attach(model)
+    generation = copy.deepcopy(model.generation_config)
+    generation.num_return_sequences = 3
+    generation.do_sample = True
+    generation.max_new_tokens = 6
+    with Oracle(model).watching() as truth, Batches().watching() as batches:
+        results = generate_batch(model, [[5, 6, 7, 8, 9]], generation_config=generation)
+    assert len(results) == 3
+    check_batches(capture, truth, batches, results)
+    assert [capture.requests()[name]["missing"] for name in sorted(results)] == [0, 4, 4]
+
+
+def test_a_cancelled_request_is_aborted(attach: Attach, model: Any) -> None:
+    model.generation_config.eos_token_id = -1
+    capture = attach(model)
+    with model.continuous_batching_context_manager(continuous_batching_config=small_batches()) as manager:
+        request = manager.add_request([5, 6, 7], max_new_tokens=100_000, request_id="long", streaming=True)
+        next(iter(manager.request_id_iter(request)))
+        manager.cancel_request(request)
+        other = manager.add_request([8, 9], max_new_tokens=3, request_id="short")
+        next(iter(manager.request_id_iter(other)))
+        assert capture.requests()["long"]["state"] == "aborted"
+        assert capture.requests()["short"]["state"] == "finished"
+    assert capture.tap.error is None
+
+
+def test_continuous_batching_can_be_named(attach: Attach, model: Any) -> None:
+    capture = attach(model)
+    with capture.tap.request("run"):
+        generate_batch(model, [[5, 6, 7]], max_new_tokens=3)
+    generate_batch(model, [[5, 6, 7]], max_new_tokens=3)
+    assert list(capture.requests()) == ["run.req_0", "req_0"]
+
+
+def test_a_batching_manager_made_before_attaching_is_not_guessed_at(attach: Attach, model: Any) -> None:
+    with model.continuous_batching_context_manager(continuous_batching_config=small_batches()) as manager:
+        capture = attach(model)
+        with pytest.warns(RuntimeWarning, match="Attach before"):
+            request = manager.add_request([5, 6, 7], max_new_tokens=3)
+            result = next(iter(manager.request_id_iter(request)))
+            warnings.warn(str(capture.tap.error), RuntimeWarning, stacklevel=1)
+    assert len(result.generated_tokens) == 3
+    assert isinstance(capture.tap.error, EngineHookError)
+    assert capture.stats()["tokens"] == 0
