@@ -16,8 +16,9 @@ def parse_bytes(name: str, size: int | str) -> int:
     """
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size) if isinstance(size, str) else None
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)\s*", size) if isinstance(size, str) else None
     unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or float(match[1]) <= 0:
+    number = int(float(match[1]) * unit) if match and unit else 0
+    if number < 1:
         raise OptionError(f"{name} is {size!r}; give a number of bytes, or text such as '512MiB' or '1GiB'.")
-    return int(float(match[1]) * unit)
+    return number

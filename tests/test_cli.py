@@ -1,0 +1,44 @@
+import threading
+from pathlib import Path
+
+import pytest
+
+import expert_lens
+from expert_lens import cli
+from publishing import make_writer, publish
+
+
+def test_captures_names_each_arena(capsys: pytest.CaptureFixture[str]) -> None:
+    writer = make_writer("served")
+    assert cli.main(["captures"]) == 0
+    line = capsys.readouterr().out
+    assert line.startswith("served\trank 0\tpid ")
+    assert "known (test 1), 5 layers x 12 experts, top-3\t1 MiB" in line
+    writer.close()
+    assert cli.main(["captures"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_record_writes_until_the_capture_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    writer = make_writer("served")
+    publish(writer, [(1, "a", range(7))], {"a": 7})
+    ends = threading.Timer(0.5, writer.close)
+    ends.start()
+    assert cli.main(["record", "served", str(tmp_path / "run")]) == 0
+    ends.join()
+    assert "7 tokens in 1 parts" in capsys.readouterr().err
+    assert expert_lens.scan(tmp_path / "run").collect()["position"].to_list() == list(range(7))
+
+
+def test_an_unknown_capture_is_said_on_stderr_and_in_the_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["record", "nobody", str(tmp_path / "run")]) == 1
+    assert "nobody" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.strip() == f"expert_lens {expert_lens.__version__}"
