@@ -1,13 +1,14 @@
-//! Arenas as files: `<directory>/<capture>/<rank>.arena`, made, opened, listed and removed; theirs who made them alone.
+//! An arena as a file: made and removed by the process that publishes, opened by those that read.
 
+use crate::captures::{self, check_name, lock, open_mapped, private_folder};
 use crate::error::{Error, Result};
 use crate::layout::{Facts, Header, MIN_ARENA_BYTES, Producer, READERS, entry, reader_entry, word};
 use crate::memory::{Mapped, Memory};
 use crate::process;
 use crate::reader::{Mode, Reader};
 use crate::writer::{OnFull, Writer, now_ns};
-use rustix::fs::{self as sys, FlockOperation, Mode as Permissions, OFlags};
-use rustix::io::Errno;
+use rustix::fs::{self as sys, Mode as Permissions, OFlags};
+use rustix::io::{Errno, retry_on_intr};
 use std::ops::{Deref, DerefMut};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -22,19 +23,12 @@ const KEPT_DEAD_CAPTURES: usize = 2;
 /// How often a publishing process looks for readers that died.
 const KEEPER_PERIOD: Duration = Duration::from_millis(100);
 
-/// Where captures are: `$EXPERT_LENS_DIR`, or `/dev/shm/expert-lens-<uid>`.
-#[must_use]
-pub fn default_directory() -> PathBuf {
-    match std::env::var_os("EXPERT_LENS_DIR") {
-        Some(directory) if !directory.is_empty() => directory.into(),
-        _ => format!("/dev/shm/expert-lens-{}", rustix::process::geteuid().as_raw()).into(),
-    }
-}
-
 /// The publishing end of an arena file: the [`Writer`], and a thread that frees the entries of readers that died.
 pub struct Publisher {
     writer: Writer<Mapped>,
     path: PathBuf,
+    /// Device and inode of the file: the path may be another publisher's by the time that this one ends.
+    file: (u64, u64),
     pid: u32,
     keeper: Option<(Sender<()>, JoinHandle<()>)>,
 }
@@ -52,34 +46,32 @@ impl Publisher {
         }
         let root = private_folder(directory)?;
         // Held until the arena stands: two processes that create at once must not both find the name free.
-        sys::flock(&root, FlockOperation::LockExclusive).map_err(|e| Error::io("lock", directory, e))?;
-        remove_dead_captures(directory, capture);
+        lock(&root, directory)?;
+        captures::remove_unfinished(directory);
         let folder = directory.join(capture);
         let folder_fd = private_folder(&folder)?;
         let path = folder.join(format!("{}.arena", facts.rank));
-        match open_mapped(&path).and_then(|memory| Header::load(&memory, &path)) {
-            Ok(header) if process::is_alive(header.producer) => {
-                let (name, rank, pid) = (capture.to_owned(), facts.rank, header.producer.pid);
-                return Err(Error::CaptureInUse { name, rank, pid });
+        captures::check_free(&path, capture, facts.rank)?;
+        let made = make(&folder_fd, &path, bytes, facts).or_else(|error| match error {
+            // What dead processes left can still be read, but not at the price of a live one.
+            Error::NoSpace { .. } if captures::remove_dead(directory, 0) > 0 => {
+                make(&private_folder(&folder)?, &path, bytes, facts)
             }
-            Err(error @ Error::Permission { .. }) => return Err(error),
-            // Dead, unfinished or of another layout: the new arena takes its place.
-            _ => {}
-        }
-        let unfinished = format!(".{}.{}.unfinished", facts.rank, std::process::id());
-        let made = make(&folder_fd, &unfinished, &folder, bytes, facts).and_then(|(memory, header)| {
-            sys::renameat(&folder_fd, &*unfinished, &folder_fd, path.file_name().expect("set above"))
-                .map_err(|e| Error::io("rename", &path, e))?;
-            Ok((memory, header))
+            other => Err(other),
         });
-        let (memory, header) = made.inspect_err(|_| {
-            let _ = sys::unlinkat(&folder_fd, &*unfinished, sys::AtFlags::empty());
+        let (memory, header, file) = made.inspect_err(|_| {
+            // Fails while other ranks' arenas are there, as it should.
             let _ = std::fs::remove_dir(&folder);
         })?;
+        // Ranks that an earlier process left under this name are no part of this capture.
+        captures::remove_dead_ranks(&folder);
+        captures::remove_dead(directory, KEPT_DEAD_CAPTURES);
         let memory = Arc::new(memory);
-        let keeper = start_keeper(Arc::clone(&memory)).map_err(|e| Error::io("start a thread for", &path, e))?;
-        let writer = Writer::new(memory, header, on_full);
-        Ok(Self { writer, path, pid: std::process::id(), keeper: Some(keeper) })
+        let writer = Writer::new(Arc::clone(&memory), header, on_full);
+        let mut publisher = Self { writer, path, file, pid: std::process::id(), keeper: None };
+        drop(root);
+        publisher.keeper = Some(start_keeper(memory).map_err(|e| Error::io("start a thread for", &publisher.path, e))?);
+        Ok(publisher)
     }
 
     /// The arena's file.
@@ -116,36 +108,42 @@ impl Drop for Publisher {
             drop(stop);
             let _ = thread.join();
         }
-        let _ = std::fs::remove_file(&self.path);
-        if let Some(folder) = self.path.parent() {
-            // Fails while other ranks' arenas are there, as it should.
-            let _ = std::fs::remove_dir(folder);
-        }
+        captures::remove_own(&self.path, self.file);
     }
 }
 
-/// Make a file in `folder`, reserve its space, map it and lay an arena out in it.
-fn make(folder_fd: &OwnedFd, name: &str, folder: &Path, bytes: usize, facts: &Facts) -> Result<(Mapped, Header)> {
-    let path = folder.join(name);
-    let bytes = bytes / 8 * 8;
+/// Make an arena file, under another name until it is whole: reserve its space, map it and lay an arena out in it. Gives
+/// its device and inode too.
+fn make(folder: &OwnedFd, path: &Path, bytes: usize, facts: &Facts) -> Result<(Mapped, Header, (u64, u64))> {
+    let unfinished = format!(".{}.{}.unfinished", facts.rank, std::process::id());
     let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    let _ = sys::unlinkat(folder_fd, name, sys::AtFlags::empty());
-    let file = sys::openat(folder_fd, name, flags, Permissions::RUSR | Permissions::WUSR)
-        .map_err(|e| Error::io("create", &path, e))?;
-    // Without space of its own, a page touched on a full tmpfs would kill the process with a bus error.
-    if let Err(error) = sys::fallocate(&file, sys::FallocateFlags::empty(), 0, bytes as u64) {
-        return Err(match error {
-            Errno::NOSPC | Errno::NOMEM => {
-                let free = sys::fstatvfs(folder_fd).map_or(0, |stat| stat.f_bavail * stat.f_frsize);
-                Error::NoSpace { needed: bytes as u64, free, dir: folder.to_owned() }
-            }
-            other => Error::io("reserve space for", &path, other),
-        });
-    }
-    let map = memmap2::MmapRaw::map_raw(&file).map_err(|e| Error::io("map", &path, e))?;
-    let memory = Mapped::new(map);
-    let header = Header::store(&memory, facts, process::current(), now_ns())?;
-    Ok((memory, header))
+    let file = sys::openat(folder, &*unfinished, flags, Permissions::RUSR | Permissions::WUSR)
+        .map_err(|e| Error::io("create", path, e))?;
+    let lay_out = || {
+        let bytes = (bytes as u64).min(i64::MAX as u64) / 8 * 8;
+        // Without space of its own, a page touched on a full tmpfs would kill the process with a bus error.
+        if let Err(error) = retry_on_intr(|| sys::fallocate(&file, sys::FallocateFlags::empty(), 0, bytes)) {
+            return Err(match error {
+                Errno::NOSPC | Errno::NOMEM | Errno::FBIG | Errno::DQUOT => {
+                    let free = sys::fstatvfs(folder).map_or(0, |stat| stat.f_bavail * stat.f_frsize);
+                    let dir = path.parent().unwrap_or(path).to_owned();
+                    Error::NoSpace { needed: bytes, free, dir }
+                }
+                other => Error::io("reserve space for", path, other),
+            });
+        }
+        // Every page is touched now, so that none is first touched by the engine's thread.
+        let map = memmap2::MmapOptions::new().populate().map_raw(&file).map_err(|e| Error::io("map", path, e))?;
+        let memory = Mapped::new(map);
+        let header = Header::store(&memory, facts, process::current(), now_ns())?;
+        let stat = sys::fstat(&file).map_err(|e| Error::io("inspect", path, e))?;
+        let name = path.file_name().unwrap_or(path.as_os_str());
+        sys::renameat(folder, &*unfinished, folder, name).map_err(|e| Error::io("rename", path, e))?;
+        Ok((memory, header, (stat.st_dev, stat.st_ino)))
+    };
+    lay_out().inspect_err(|_| {
+        let _ = sys::unlinkat(folder, &*unfinished, sys::AtFlags::empty());
+    })
 }
 
 /// Free, now and then, the entries of readers whose process has died. A thread of ours does it, because to ask the
@@ -161,22 +159,25 @@ fn start_keeper(memory: Arc<Mapped>) -> std::io::Result<(Sender<()>, JoinHandle<
     Ok((stop, thread))
 }
 
-/// Free the entries of readers that died; gives how many.
-pub(crate) fn evict_dead_readers(memory: &impl Memory) -> usize {
+/// Free the entries of readers that died.
+fn evict_dead_readers(memory: &impl Memory) {
     let high = (memory.load(word::READER_HIGH, Acquire) as usize).min(READERS);
-    let mut evicted = 0;
     for at in (0..high).map(reader_entry) {
         let owner = memory.load(at + entry::OWNER, Acquire);
-        let Ok(pid) = u32::try_from(owner) else {
+        let Ok(pid) = u32::try_from(owner & !entry::CLAIMED) else {
             continue;
         };
         let start_time = memory.load(at + entry::START_TIME, Relaxed);
-        if pid != 0 && !process::is_alive(Producer { pid, start_time }) {
+        let is_alive = match owner & entry::CLAIMED {
+            0 => process::is_alive(Producer { pid, start_time }),
+            // An entry that is being filled does not say yet when its process began.
+            _ => process::exists(pid),
+        };
+        if pid != 0 && !is_alive {
             // Only if it is still the same owner: the entry could have been given back and taken anew meanwhile.
-            evicted += usize::from(memory.compare_exchange(at + entry::OWNER, owner, 0));
+            memory.compare_exchange(at + entry::OWNER, owner, 0);
         }
     }
-    evicted
 }
 
 /// Open an arena file for reading.
@@ -191,154 +192,4 @@ pub fn open(path: &Path, mode: Mode) -> Result<Reader<Mapped>> {
         evict_dead_readers(&memory);
     }
     Reader::new(Arc::new(memory), header, mode, process::current())
-}
-
-/// The arena files of a capture, in the order of their ranks.
-///
-/// # Errors
-/// [`Error::CaptureNotFound`] when there is none; [`Error::Permission`] when the folders are not ours alone.
-pub fn find(directory: &Path, capture: &str) -> Result<Vec<PathBuf>> {
-    check_name(capture)?;
-    let mut files = arena_files(directory, capture)?;
-    if files.is_empty() {
-        let names: Vec<String> = list(directory)?.into_iter().filter(|c| c.alive).map(|c| c.name).collect();
-        let known = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
-        return Err(Error::CaptureNotFound { name: capture.to_owned(), dir: directory.to_owned(), known });
-    }
-    files.sort_by_key(|path| path.file_stem().and_then(|stem| stem.to_str()?.parse::<u32>().ok()));
-    Ok(files)
-}
-
-/// An arena that was found.
-#[derive(Clone, Debug)]
-pub struct Capture {
-    /// The capture's name.
-    pub name: String,
-    /// Its header.
-    pub header: Header,
-    /// Its size.
-    pub bytes: u64,
-    /// Whether its publisher runs.
-    pub alive: bool,
-}
-
-/// The arenas of this user; files that are none, or of another layout, are left out.
-///
-/// # Errors
-/// [`Error::Permission`] when the folder is not ours alone.
-pub fn list(directory: &Path) -> Result<Vec<Capture>> {
-    let mut captures = Vec::new();
-    for name in folder_names(directory)? {
-        for path in arena_files(directory, &name)? {
-            let Ok(memory) = open_mapped(&path) else {
-                continue;
-            };
-            let Ok(header) = Header::load(&memory, &path) else {
-                continue;
-            };
-            let alive = process::is_alive(header.producer);
-            captures.push(Capture { name: name.clone(), header, bytes: memory.len() as u64 * 8, alive });
-        }
-    }
-    captures.sort_by(|a, b| (&a.name, a.header.facts.rank).cmp(&(&b.name, b.header.facts.rank)));
-    Ok(captures)
-}
-
-fn folder_names(directory: &Path) -> Result<Vec<String>> {
-    if !directory.exists() {
-        return Ok(Vec::new());
-    }
-    check_folder(directory)?;
-    let entries = std::fs::read_dir(directory).map_err(|e| Error::io("list", directory, e))?;
-    let names = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-    Ok(names.filter_map(|entry| entry.file_name().into_string().ok()).filter(|name| check_name(name).is_ok()).collect())
-}
-
-fn arena_files(directory: &Path, capture: &str) -> Result<Vec<PathBuf>> {
-    let folder = directory.join(capture);
-    if !folder.exists() {
-        return Ok(Vec::new());
-    }
-    check_folder(directory)?;
-    check_folder(&folder)?;
-    let entries = std::fs::read_dir(&folder).map_err(|e| Error::io("list", &folder, e))?;
-    let paths = entries.flatten().map(|entry| entry.path());
-    Ok(paths.filter(|path| path.extension().is_some_and(|extension| extension == "arena")).collect())
-}
-
-/// Remove all but the newest captures whose publishers died. What cannot be removed stays: it harms nobody.
-fn remove_dead_captures(directory: &Path, keep: &str) {
-    let Ok(captures) = list(directory) else {
-        return;
-    };
-    let is_dead = |name: &str| captures.iter().filter(|c| c.name == name).all(|c| !c.alive);
-    let mut dead: Vec<&Capture> = captures.iter().filter(|c| c.name != keep && is_dead(&c.name)).collect();
-    dead.sort_by_key(|capture| std::cmp::Reverse(capture.header.created_ns));
-    let mut names: Vec<&str> = Vec::new();
-    for capture in &dead {
-        if !names.contains(&capture.name.as_str()) {
-            names.push(&capture.name);
-        }
-    }
-    for name in names.into_iter().skip(KEPT_DEAD_CAPTURES) {
-        let _ = std::fs::remove_dir_all(directory.join(name));
-    }
-}
-
-/// Names become folders, so only what is plain on every file system is one.
-fn check_name(name: &str) -> Result<()> {
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    if name.is_empty() || name.len() > 64 || name.starts_with('.') || !name.chars().all(plain) {
-        return Err(Error::invalid(format!(
-            "'{name}' cannot name a capture; use 1 to 64 letters, digits, '-', '_' and '.', not beginning with '.'"
-        )));
-    }
-    Ok(())
-}
-
-fn open_mapped(path: &Path) -> Result<Mapped> {
-    let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    let file = sys::open(path, flags, Permissions::empty()).map_err(|error| match error {
-        Errno::LOOP => Error::Permission { path: path.to_owned(), why: "it is a symbolic link".into() },
-        other => Error::io("open", path, other),
-    })?;
-    check_owner(&file, path, sys::FileType::RegularFile)?;
-    let map = memmap2::MmapRaw::map_raw(&file).map_err(|e| Error::io("map", path, e))?;
-    Ok(Mapped::new(map))
-}
-
-/// Make a folder that only we can enter, or check that it is one.
-fn private_folder(path: &Path) -> Result<OwnedFd> {
-    match sys::mkdir(path, Permissions::RWXU) {
-        Ok(()) | Err(Errno::EXIST) => check_folder(path),
-        Err(error) => Err(Error::io("create the folder", path, error)),
-    }
-}
-
-fn check_folder(path: &Path) -> Result<OwnedFd> {
-    let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    let folder = sys::open(path, flags, Permissions::empty()).map_err(|error| match error {
-        Errno::LOOP | Errno::NOTDIR => {
-            Error::Permission { path: path.to_owned(), why: "it is no folder of its own".into() }
-        }
-        other => Error::io("open the folder", path, other),
-    })?;
-    check_owner(&folder, path, sys::FileType::Directory)?;
-    Ok(folder)
-}
-
-fn check_owner(file: &OwnedFd, path: &Path, kind: sys::FileType) -> Result<()> {
-    let stat = sys::fstat(file).map_err(|e| Error::io("inspect", path, e))?;
-    let refuse = |why: String| Err(Error::Permission { path: path.to_owned(), why });
-    let us = rustix::process::geteuid().as_raw();
-    if stat.st_uid != us {
-        return refuse(format!("it belongs to user {}, and this process runs as user {us}", stat.st_uid));
-    }
-    if sys::FileType::from_raw_mode(stat.st_mode) != kind {
-        return refuse("it is not of the kind expected".into());
-    }
-    if stat.st_mode & 0o077 != 0 {
-        return refuse(format!("its permissions are {:04o}", stat.st_mode & 0o7777));
-    }
-    Ok(())
 }

@@ -151,7 +151,7 @@ pub fn decode_spans(payload: &[u8], rows: u32) -> Result<(Vec<Span>, usize)> {
     let head = fields.u64()?;
     let (count, length) = ((head & 0xffff_ffff) as usize, (head >> 32) as usize);
     let mut fields = Fields(fields.take(length)?);
-    if count > length / SPAN_BYTES {
+    if count > length / SPAN_BYTES || length % 8 != 0 {
         return Err(Error::corrupt(format!("{count} spans in {length} bytes")));
     }
     let mut spans = Vec::with_capacity(count);
@@ -167,6 +167,9 @@ pub fn decode_spans(payload: &[u8], rows: u32) -> Result<(Vec<Span>, usize)> {
             Error::corrupt(format!("a span of rows {first_row} + {span_rows} in a step of {rows} rows"))
         })?;
         spans.push(Span { number, request, first_row, rows: span_rows, prompt_tokens, phase });
+    }
+    if !fields.0.is_empty() {
+        return Err(Error::corrupt(format!("{count} spans and {} bytes behind them", fields.0.len())));
     }
     Ok((spans, 8 + length))
 }
@@ -230,7 +233,8 @@ mod tests {
 
         #[test]
         fn any_bytes_give_spans_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..200), rows in 0..100u32) {
-            if let Ok((spans, _)) = decode_spans(&bytes, rows) {
+            if let Ok((spans, length)) = decode_spans(&bytes, rows) {
+                prop_assert!(length % 8 == 0 && length <= bytes.len());
                 for span in spans {
                     prop_assert!(span.first_row + span.rows <= rows);
                 }

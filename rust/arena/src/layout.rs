@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! word 0      header: magic, version, geometry, model facts     (written once, before the version)
+//!             magic, version, process and creation stand at the same words in every layout
 //! word 256    hot words: head, tail, counters                   (each in its own cache line)
 //! word 512    reader table: READERS entries of 8 words
 //! ...         descriptor ring: one cache line a record
@@ -48,9 +49,11 @@ pub(crate) mod word {
     pub const HEAD: usize = 256;
     /// Index of the oldest record whose space is not given away.
     pub const TAIL: usize = 264;
+    /// What the tail is about to become: stored before the writer looks at the readers' entries.
+    pub const NEXT_TAIL: usize = 265;
     pub const DROPPED_RECORDS: usize = 272;
     pub const DROPPED_ROWS: usize = 273;
-    pub const LOST_EVENTS: usize = 274;
+    pub const LOST_ENDS: usize = 274;
     pub const STEPS: usize = 275;
     /// Non-zero: the writer has ended in good order.
     pub const CLOSED: usize = 276;
@@ -62,14 +65,14 @@ pub(crate) mod word {
 pub(crate) mod entry {
     //! Words of a reader entry.
     pub const WORDS: usize = 8;
-    /// The reader's process id; 0: free; [`CLAIMED`]: being filled.
+    /// The reader's process id; 0: free; with [`CLAIMED`] added: being filled by that process.
     pub const OWNER: usize = 0;
     pub const START_TIME: usize = 1;
     /// The oldest record that the reader still needs.
     pub const CURSOR: usize = 2;
     /// 1: holds back the reuse of space.
     pub const LOSSLESS: usize = 3;
-    pub const CLAIMED: u64 = u64::MAX;
+    pub const CLAIMED: u64 = 1 << 63;
 }
 
 pub(crate) mod descriptor {
@@ -254,6 +257,8 @@ pub(crate) struct Geometry {
 const DESCRIPTORS_AT: usize = word::READER_TABLE + READERS * entry::WORDS;
 /// The smallest arena: both rings hold a few records.
 pub const MIN_ARENA_BYTES: usize = 64 * 1024;
+/// The ring holds at least so many rows, so that a part of a step holds at least one beside its spans.
+const ROWS_PER_RING: usize = 8;
 
 impl Geometry {
     /// Divide an arena of `words` words between the rings.
@@ -265,6 +270,12 @@ impl Geometry {
         let descriptors = (rest / (smallest + descriptor::WORDS)).min(rest / 8 / descriptor::WORDS).max(64);
         let ring_at = DESCRIPTORS_AT + descriptors * descriptor::WORDS;
         Self { descriptors, ring_at, ring_words: words - ring_at }
+    }
+
+    /// Whether rows of this size go through the ring; if not, their size in bytes.
+    fn check(&self, facts: &Facts) -> std::result::Result<(), usize> {
+        let widest = facts.section_words(section::ALL, 1);
+        if widest * ROWS_PER_RING > self.ring_words { Err(widest * 8) } else { Ok(()) }
     }
 
     /// First word of the descriptor of record `index`.
@@ -304,6 +315,18 @@ pub struct Header {
     pub(crate) geometry: Geometry,
 }
 
+/// Who made an arena, and when, whatever its layout; None for what is no finished arena.
+pub(crate) fn origin(memory: &impl Memory) -> Option<(Producer, u64)> {
+    if memory.len() <= word::CREATED {
+        return None;
+    }
+    let version = memory.load(word::VERSION, Acquire);
+    let get = |at| memory.load(at, Relaxed);
+    let pid = u32::try_from(get(word::PID)).ok()?;
+    let producer = Producer { pid, start_time: get(word::START_TIME) };
+    (version != 0 && get(word::MAGIC) == MAGIC).then(|| (producer, get(word::CREATED)))
+}
+
 fn store_text(memory: &impl Memory, at: usize, room_words: usize, text: &str) {
     let mut end = text.len().min(room_words * 8 - 1);
     while !text.is_char_boundary(end) {
@@ -335,15 +358,13 @@ impl Header {
             )));
         }
         let geometry = Geometry::of(memory.len(), facts);
-        let widest = facts.section_words(section::ALL, 1);
-        if widest * 8 > geometry.ring_words {
-            return Err(Error::invalid(format!(
-                "an arena of {} bytes is too small for rows of {} bytes; the least is about {} bytes",
+        geometry.check(facts).map_err(|row_bytes| {
+            Error::invalid(format!(
+                "an arena of {} bytes is too small for rows of {row_bytes} bytes; the least is about {} bytes",
                 memory.len() * 8,
-                widest * 8,
-                (widest * 8 + DESCRIPTORS_AT) * 8 * 8 / 7,
-            )));
-        }
+                (row_bytes * ROWS_PER_RING + DESCRIPTORS_AT * 8) * 8 / 7,
+            ))
+        })?;
         let put = |at, value: u64| memory.store(at, value, Relaxed);
         put(word::MAGIC, MAGIC);
         put(word::WORDS, memory.len() as u64);
@@ -408,6 +429,9 @@ impl Header {
         };
         facts.check().map_err(|what| Error::corrupt(format!("the header says {what}")))?;
         let geometry = Geometry::of(memory.len(), &facts);
+        geometry.check(&facts).map_err(|row_bytes| {
+            Error::corrupt(format!("the header says rows of {row_bytes} bytes, too long for this arena"))
+        })?;
         if get(word::DESCRIPTORS) != geometry.descriptors as u64 {
             return Err(Error::corrupt(format!("{} descriptors in the header", get(word::DESCRIPTORS))));
         }

@@ -41,19 +41,23 @@
 
 mod arena;
 mod batch;
+mod captures;
 pub mod collector;
 mod error;
 mod layout;
 mod memory;
+#[cfg(loom)]
+pub mod model;
 mod process;
 mod reader;
 mod writer;
 
-pub use arena::{Capture, Publisher, default_directory, find, list, open};
+pub use arena::{Publisher, open};
 pub use batch::{End, Outcome, Phase, Span};
+pub use captures::{Capture, default_directory, find, list};
 pub use error::{Error, Result};
 pub use layout::{Facts, Header, LAYOUT_VERSION, MAX_EXPERTS, MAX_ID_BYTES, MAX_LAYERS, Producer};
-pub use memory::{Heap, Mapped, Memory};
+pub use memory::{Mapped, Memory};
 pub use process::is_alive;
 pub use reader::{Mode, Reader, Record, Step};
 pub use writer::{OnFull, Published, Rows, Writer};

@@ -54,66 +54,50 @@ pub trait Memory: Send + Sync {
     }
 }
 
-/// Words of this process's heap, for tests and for engines that are read in the same process only.
-pub struct Heap(Box<[AtomicU64]>);
-
-impl Heap {
-    /// `words` zeroed words.
-    #[must_use]
-    pub fn zeroed(words: usize) -> Self {
-        Self((0..words).map(|_| AtomicU64::new(0)).collect())
-    }
-}
-
-/// Gives a type that derefs to `[AtomicU64]` the protocol's accesses.
-macro_rules! memory_over_atomics {
-    ($type:ty) => {
-        impl Memory for $type {
-            fn len(&self) -> usize {
-                self.0.len()
-            }
-            #[inline]
-            fn load(&self, word: usize, order: Ordering) -> u64 {
-                self.0[word].load(order)
-            }
-            #[inline]
-            fn store(&self, word: usize, value: u64, order: Ordering) {
-                self.0[word].store(value, order);
-            }
-            fn compare_exchange(&self, word: usize, current: u64, new: u64) -> bool {
-                self.0[word].compare_exchange(current, new, Ordering::AcqRel, Ordering::Relaxed).is_ok()
-            }
-            #[inline]
-            fn fence(&self, order: Ordering) {
-                fence(order);
-            }
-        }
-    };
-}
-
-memory_over_atomics!(Heap);
-memory_over_atomics!(Mapped);
-
 /// Words of a file mapped into this process, shared with whoever else maps it.
-pub struct Mapped(MappedWords);
-
-struct MappedWords(memmap2::MmapRaw);
+///
+/// The file is its owner's alone. If its owner cuts it short, the next access past its end ends the process, as with any
+/// mapping.
+pub struct Mapped(memmap2::MmapRaw);
 
 impl Mapped {
     /// Take over a mapping. A length that is no multiple of 8 loses its last bytes.
     #[must_use]
     pub fn new(map: memmap2::MmapRaw) -> Self {
-        Self(MappedWords(map))
+        Self(map)
+    }
+
+    #[inline]
+    fn words(&self) -> &[AtomicU64] {
+        // SAFETY: `MmapRaw` keeps `len` bytes mapped, readable and writable, at a page-aligned address until it is dropped,
+        // and the slice borrows it; `len / 8` words do not pass its end; any bit pattern is an AtomicU64. Nothing in this
+        // process reaches the mapping but through these atomics (`Mapped` gives the pointer to nobody), so no access
+        // of ours is a data race, whatever other processes or a GPU store meanwhile.
+        unsafe { std::slice::from_raw_parts(self.0.as_mut_ptr().cast::<AtomicU64>(), self.0.len() / 8) }
     }
 }
 
-impl std::ops::Deref for MappedWords {
-    type Target = [AtomicU64];
+impl Memory for Mapped {
+    fn len(&self) -> usize {
+        self.words().len()
+    }
 
-    fn deref(&self) -> &[AtomicU64] {
-        // SAFETY: the mapping is page aligned, readable and writable, and lives as long as `self`; any bit pattern is an
-        // AtomicU64; all access from this process goes through these atomics, and other processes' stores are to
-        // atomics like any other thread's.
-        unsafe { std::slice::from_raw_parts(self.0.as_mut_ptr().cast::<AtomicU64>(), self.0.len() / 8) }
+    #[inline]
+    fn load(&self, word: usize, order: Ordering) -> u64 {
+        self.words()[word].load(order)
+    }
+
+    #[inline]
+    fn store(&self, word: usize, value: u64, order: Ordering) {
+        self.words()[word].store(value, order);
+    }
+
+    fn compare_exchange(&self, word: usize, current: u64, new: u64) -> bool {
+        self.words()[word].compare_exchange(current, new, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+
+    #[inline]
+    fn fence(&self, order: Ordering) {
+        fence(order);
     }
 }

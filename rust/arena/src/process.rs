@@ -15,6 +15,11 @@ pub fn is_alive(process: Producer) -> bool {
     start_time(process.pid) == Some(process.start_time)
 }
 
+/// Whether a process of that id runs, be it the one that was meant or not.
+pub fn exists(pid: u32) -> bool {
+    start_time(pid).is_some()
+}
+
 /// Start time in clock ticks since boot: field 22 of /proc/PID/stat (proc(5)). None if there is no such process, or if
 /// only its exit status is left (state Z or X).
 fn start_time(pid: u32) -> Option<u64> {

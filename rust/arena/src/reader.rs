@@ -7,7 +7,7 @@ use crate::layout::{
 };
 use crate::memory::Memory;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 
 /// Whether a reader holds back the writer's reuse of space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,9 +54,12 @@ pub struct Reader<M: Memory> {
     memory: Arc<M>,
     header: Header,
     entry: usize,
+    owner: Producer,
     mode: Mode,
     cursor: u64,
     started: bool,
+    /// The arena's hot words contradicted themselves: nothing more is read.
+    broken: bool,
     rows_seen: u64,
     lost_records: u64,
     lost_rows: u64,
@@ -64,49 +67,62 @@ pub struct Reader<M: Memory> {
     /// Ring position after the last record read, and after the last one released.
     position: u64,
     released: u64,
+    /// The oldest record that is not released.
+    needed: u64,
     batch: Option<(u64, Arc<[Span]>)>,
     payload: Vec<u64>,
 }
 
 /// How often a lapped reader tries again before it lets its caller breathe.
 const MAX_LAPS: usize = 16;
+/// More records than any writer lives to publish.
+const MAX_RECORDS: u64 = 1 << 62;
 
 impl<M: Memory> Reader<M> {
     /// Take a reader entry and begin at the oldest record that is still there.
-    pub(crate) fn new(memory: Arc<M>, header: Header, mode: Mode, process: Producer) -> Result<Self> {
+    pub(crate) fn new(memory: Arc<M>, header: Header, mode: Mode, owner: Producer) -> Result<Self> {
+        let pid = u64::from(owner.pid);
         let entry = (0..READERS)
-            .find(|&i| memory.compare_exchange(reader_entry(i) + entry::OWNER, 0, entry::CLAIMED))
+            .find(|&i| memory.compare_exchange(reader_entry(i) + entry::OWNER, 0, entry::CLAIMED | pid))
             .ok_or(Error::ReadersFull { count: READERS })?;
         let at = reader_entry(entry);
-        let cursor = memory.load(word::TAIL, Acquire);
-        memory.store(at + entry::START_TIME, process.start_time, Relaxed);
-        memory.store(at + entry::CURSOR, cursor, Relaxed);
+        let oldest = memory.load(word::TAIL, Acquire);
+        memory.store(at + entry::START_TIME, owner.start_time, Relaxed);
+        memory.store(at + entry::CURSOR, oldest, Relaxed);
         memory.store(at + entry::LOSSLESS, u64::from(mode == Mode::Lossless), Relaxed);
         // Pairs with the acquire load in `Writer::oldest_needed`: an owned entry is a filled one.
-        memory.store(at + entry::OWNER, u64::from(process.pid), Release);
+        memory.store(at + entry::OWNER, pid, Release);
         loop {
             let high = memory.load(word::READER_HIGH, Acquire);
             if high > entry as u64 || memory.compare_exchange(word::READER_HIGH, high, entry as u64 + 1) {
                 break;
             }
         }
-        let rows_seen = 0;
-        Ok(Self {
+        // Pairs with the first fence in `Writer::make_room`: a writer that gives records away just now sees the entry, or
+        // we see what it announced, and begin behind that.
+        memory.fence(SeqCst);
+        let mut reader = Self {
             memory,
             header,
             entry,
+            owner,
             mode,
-            cursor,
+            cursor: 0,
             started: false,
-            rows_seen,
+            broken: false,
+            rows_seen: 0,
             lost_records: 0,
             lost_rows: 0,
             time_ns: 0,
             position: 0,
             released: 0,
+            needed: 0,
             batch: None,
             payload: Vec::new(),
-        })
+        };
+        reader.cursor = reader.oldest(word::TAIL)?.max(reader.oldest(word::NEXT_TAIL)?);
+        reader.release(reader.cursor);
+        Ok(reader)
     }
 
     /// What the arena says of the model.
@@ -157,6 +173,18 @@ impl<M: Memory> Reader<M> {
         self.memory.load(word::DROPPED_ROWS, Relaxed)
     }
 
+    /// Records of rows that the writer has dropped since the arena was made.
+    #[must_use]
+    pub fn dropped_records(&self) -> u64 {
+        self.memory.load(word::DROPPED_RECORDS, Relaxed)
+    }
+
+    /// Ends of requests that the writer has given up for want of room.
+    #[must_use]
+    pub fn lost_ends(&self) -> u64 {
+        self.memory.load(word::LOST_ENDS, Relaxed)
+    }
+
     /// Forwards that the writer has seen, dropped ones included.
     #[must_use]
     pub fn steps(&self) -> u64 {
@@ -169,33 +197,55 @@ impl<M: Memory> Reader<M> {
         self.time_ns
     }
 
-    /// Whether the writer has ended in good order.
+    /// Whether nothing more comes: the writer has ended in good order, or the arena contradicts itself.
     #[must_use]
     pub fn ended(&self) -> bool {
-        self.memory.load(word::CLOSED, Acquire) != 0
+        // Pairs with the release in `Writer::close`.
+        self.broken || self.memory.load(word::CLOSED, Acquire) != 0
     }
 
-    /// Go on at record `index`, read or not; before the oldest one, at that.
+    /// Whether [`Reader::poll`] has something to give now.
+    #[must_use]
+    pub fn has_next(&self) -> bool {
+        !self.broken && (self.is_published(self.cursor) || self.tail() > self.cursor)
+    }
+
+    /// When the next record to be read was published, if it was: nanoseconds since the Unix epoch.
+    #[must_use]
+    pub fn next_time_ns(&self) -> Option<u64> {
+        let at = self.header.geometry.descriptor(self.cursor);
+        self.is_published(self.cursor).then(|| self.memory.load(at + descriptor::TIME, Relaxed))
+    }
+
+    /// Go on at record `index`, read or not; before the oldest one that is there, and that a lossless reader has not
+    /// released, at that; past the newest, behind it.
     pub fn seek(&mut self, index: u64) {
-        self.cursor = index.clamp(self.tail(), self.head());
+        let held = if self.mode == Mode::Lossless { self.needed } else { 0 };
+        let oldest = self.tail().max(held);
+        self.cursor = index.clamp(oldest, self.head().max(oldest));
         self.started = false;
         self.batch = None;
         self.release(self.cursor);
     }
 
-    /// Let the writer reuse the space of every record before `index`.
+    /// Let the writer reuse the space of every record before `index`; of what was not read, nothing is released.
     pub fn release(&mut self, index: u64) {
+        let index = index.min(self.cursor);
         // Pairs with the acquire load in `Writer::oldest_needed`.
         self.memory.store(reader_entry(self.entry) + entry::CURSOR, index, Release);
         if index == self.cursor {
             self.released = self.position;
         }
+        self.needed = index;
     }
 
-    /// How much of the ring this reader has read and not released: 0 to 1.
+    /// How much of the arena this reader has read and not released, of its bytes or of its descriptors: 0 to 1.
     #[must_use]
     pub fn held_share(&self) -> f64 {
-        (self.position - self.released) as f64 / self.header.geometry.ring_words as f64
+        let geometry = &self.header.geometry;
+        let words = (self.position - self.released) as f64 / geometry.ring_words as f64;
+        let records = (self.cursor - self.needed) as f64 / geometry.descriptors as f64;
+        words.max(records)
     }
 
     /// Read the next record, if it is published. Its space stays held until [`Reader::release`].
@@ -229,12 +279,16 @@ impl<M: Memory> Reader<M> {
     /// Copy the next record's payload out and move past it; lapped, go on at the oldest record that is still there.
     fn take(&mut self) -> Result<Option<Descriptor>> {
         for _ in 0..MAX_LAPS {
-            let tail = self.memory.load(word::TAIL, Acquire);
-            if self.cursor < tail {
+            if self.broken {
+                return Ok(None);
+            }
+            let oldest = self.oldest(word::TAIL)?;
+            if self.cursor < oldest {
                 if self.started {
-                    self.lost_records += tail - self.cursor;
+                    self.lost_records = self.lost_records.saturating_add(oldest - self.cursor);
                 }
-                self.cursor = tail;
+                self.cursor = oldest;
+                self.needed = self.needed.max(oldest);
             }
             let mut payload = std::mem::take(&mut self.payload);
             let read = self.read(self.cursor, &mut payload);
@@ -251,7 +305,8 @@ impl<M: Memory> Reader<M> {
                     }
                     self.position = end.max(self.released);
                     if self.started {
-                        self.lost_rows += what.rows_before.saturating_sub(self.rows_seen);
+                        let lost = what.rows_before.saturating_sub(self.rows_seen);
+                        self.lost_rows = self.lost_rows.saturating_add(lost);
                     }
                     self.started = true;
                     self.rows_seen = what.rows_before.saturating_add(u64::from(what.rows));
@@ -262,13 +317,31 @@ impl<M: Memory> Reader<M> {
         Ok(None)
     }
 
+    /// The oldest record that is still there, or is about to be: what either word says, checked.
+    fn oldest(&mut self, tail: usize) -> Result<u64> {
+        let oldest = self.memory.load(tail, Acquire);
+        if oldest > self.cursor {
+            // The acquire load pairs with the release store and the fence in `Writer::make_room`: the head is not older.
+            let head = self.head();
+            if oldest > head || head > MAX_RECORDS {
+                self.broken = true;
+                return Err(Error::corrupt(format!("the oldest record is {oldest} of {head}")));
+            }
+        }
+        Ok(oldest)
+    }
+
+    fn is_published(&self, index: u64) -> bool {
+        let at = self.header.geometry.descriptor(index);
+        // Pairs with the release store in `Writer::commit`, or with the GPU's system-scope release.
+        self.memory.load(at + descriptor::SEQUENCE, Acquire) == index.wrapping_add(1)
+    }
+
     /// Copy one record out, if it is there and stays there meanwhile.
     fn read(&self, index: u64, payload: &mut Vec<u64>) -> Read {
         let geometry = &self.header.geometry;
         let at = geometry.descriptor(index);
-        // Pairs with the release store in `Writer::commit`, or with the GPU's system-scope release.
-        let sequence = self.memory.load(at + descriptor::SEQUENCE, Acquire);
-        if sequence != index.wrapping_add(1) {
+        if !self.is_published(index) {
             return if self.still_there(index) { Read::NotYet } else { Read::Gone };
         }
         let mut words = [0; descriptor::WORDS];
@@ -287,7 +360,7 @@ impl<M: Memory> Reader<M> {
 
     /// Whether nothing read of record `index` so far can have been overwritten.
     fn still_there(&self, index: u64) -> bool {
-        // Pairs with the release fence in `Writer::make_room`: had we seen a word written after it, we would see its tail.
+        // Pairs with the last fence in `Writer::make_room`: had we seen a word written after it, we would see its tail.
         self.memory.fence(Acquire);
         self.memory.load(word::TAIL, Relaxed) <= index
     }
@@ -326,11 +399,6 @@ impl<M: Memory> Reader<M> {
         }
     }
 
-    /// Give the reader entry back. Also done on drop.
-    fn leave(&mut self) {
-        self.memory.store(reader_entry(self.entry) + entry::OWNER, 0, Release);
-    }
-
     /// Whether this reader holds back the reuse of space.
     #[must_use]
     pub fn mode(&self) -> Mode {
@@ -339,8 +407,14 @@ impl<M: Memory> Reader<M> {
 }
 
 impl<M: Memory> Drop for Reader<M> {
+    /// Give the reader entry back.
     fn drop(&mut self) {
-        self.leave();
+        // A forked child holds a copy of this value, and the entry is its parent's.
+        if std::process::id() == self.owner.pid {
+            let at = reader_entry(self.entry) + entry::OWNER;
+            // Only if it is still ours: who took us for dead may have given it to another.
+            self.memory.compare_exchange(at, u64::from(self.owner.pid), 0);
+        }
     }
 }
 
@@ -368,6 +442,9 @@ impl<'a> Step<'a> {
         let token_ids = cut(section::TOKEN_IDS, n * 4)?;
         let positions = cut(section::POSITIONS, n * 4)?.ok_or_else(|| missing("positions"))?;
         let weights = cut(section::WEIGHTS, n * facts.ids_per_row() * 2)?;
+        if weights.is_some() != facts.weights {
+            return Err(Error::corrupt("router weights in a step, or in the header, but not in both"));
+        }
         check_ids(experts, facts)?;
         if let Some(span) = batch.and_then(|spans| spans.last())
             && u64::from(span.first_row) + u64::from(span.rows) > n as u64

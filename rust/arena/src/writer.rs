@@ -6,7 +6,7 @@ use crate::layout::{Descriptor, Facts, Header, Kind, descriptor, entry, reader_e
 use crate::memory::Memory;
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// What becomes of a record when lossless readers still need the space it would take.
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 pub enum OnFull {
     /// It is dropped and counted.
     Drop,
-    /// The writer waits, at most this long, then drops it.
+    /// The writer waits, in one call at most this long, then drops it.
     Wait(Duration),
 }
 
@@ -52,6 +52,10 @@ struct Reservation {
 const MAX_PENDING_ENDS: usize = 4096;
 /// A step is split so that no part takes more than this share of the ring: smaller parts can be freed one by one.
 const PARTS_PER_RING: usize = 4;
+/// How often the batch is published anew, even if it stays the same, on the way round the ring.
+const BATCHES_PER_RING: usize = 16;
+/// How often a writer that waits looks for room.
+const WAIT_PERIOD: Duration = Duration::from_micros(50);
 
 /// The writer of an arena. There is one.
 pub struct Writer<M: Memory> {
@@ -68,7 +72,9 @@ pub struct Writer<M: Memory> {
     steps: u64,
     dropped_records: u64,
     dropped_rows: u64,
-    lost_events: u64,
+    lost_ends: u64,
+    /// Until when this call may wait for room; set when it first has to.
+    deadline: Option<Instant>,
     batch: Vec<u8>,
     batch_rows: u32,
     /// The record that holds the batch as it is now.
@@ -93,7 +99,8 @@ impl<M: Memory> Writer<M> {
             steps: 0,
             dropped_records: 0,
             dropped_rows: 0,
-            lost_events: 0,
+            lost_ends: 0,
+            deadline: None,
             batch: Vec::new(),
             batch_rows: 0,
             batch_record: None,
@@ -120,6 +127,18 @@ impl<M: Memory> Writer<M> {
     #[must_use]
     pub fn dropped_rows(&self) -> u64 {
         self.dropped_rows
+    }
+
+    /// Records of rows dropped so far; a step that was split is several.
+    #[must_use]
+    pub fn dropped_records(&self) -> u64 {
+        self.dropped_records
+    }
+
+    /// Ends of requests that were given up for want of room.
+    #[must_use]
+    pub fn lost_ends(&self) -> u64 {
+        self.lost_ends
     }
 
     /// State whose rows the next steps hold, until the next call.
@@ -151,6 +170,7 @@ impl<M: Memory> Writer<M> {
     /// Lengths that do not agree; nothing is published then.
     pub fn publish(&mut self, rows: &Rows<'_>) -> Result<Published> {
         let n = self.check(rows)?;
+        self.deadline = None;
         self.publish_pending();
         let step = self.steps;
         self.steps += 1;
@@ -183,19 +203,27 @@ impl<M: Memory> Writer<M> {
         let event = encode_end(end)?;
         if self.pending.len() == MAX_PENDING_ENDS {
             self.pending.pop_front();
-            self.lost_events += 1;
-            self.memory.store(word::LOST_EVENTS, self.lost_events, Relaxed);
+            self.lose_ends(1);
         }
         self.pending.push_back(event);
+        self.deadline = None;
         self.publish_pending();
         Ok(())
     }
 
-    /// Say that nothing more comes.
+    /// Say that nothing more comes. Ends of requests that still do not fit are counted as lost.
     pub fn close(&mut self) {
+        self.deadline = None;
         self.publish_pending();
+        self.lose_ends(self.pending.len());
+        self.pending.clear();
         // Pairs with the acquire in `Reader::ended`: whoever sees the end sees every record before it.
         self.memory.store(word::CLOSED, 1, Release);
+    }
+
+    fn lose_ends(&mut self, count: usize) {
+        self.lost_ends += count as u64;
+        self.memory.store(word::LOST_ENDS, self.lost_ends, Relaxed);
     }
 
     fn check(&self, rows: &Rows<'_>) -> Result<usize> {
@@ -279,7 +307,7 @@ impl<M: Memory> Writer<M> {
         spans: Option<&[u8]>,
     ) -> Option<u64> {
         let words = self.facts().section_words(sections, n) + spans.map_or(0, |bytes| bytes.len() / 8);
-        let Some(Reservation { index, mut at, position }) = self.reserve(words, self.on_full) else {
+        let Some(Reservation { index, mut at, position }) = self.reserve(words) else {
             self.dropped_records += 1;
             self.memory.store(word::DROPPED_RECORDS, self.dropped_records, Relaxed);
             return None;
@@ -319,7 +347,7 @@ impl<M: Memory> Writer<M> {
     fn publish_pending(&mut self) {
         while let Some(event) = self.pending.pop_front() {
             let words = event.len() / 8;
-            let Some(Reservation { index, at, position }) = self.reserve(words, OnFull::Drop) else {
+            let Some(Reservation { index, at, position }) = self.reserve(words) else {
                 self.pending.push_front(event);
                 return;
             };
@@ -338,23 +366,25 @@ impl<M: Memory> Writer<M> {
         }
     }
 
-    /// Whether a record may be overwritten soon, so that steps should no longer lean on it.
+    /// Whether the record that holds the batch is so far back that steps should no longer lean on it: a reader that comes
+    /// when it is gone does not know whose rows they are. A large batch is repeated less often.
     fn is_old(&self, record: u64) -> bool {
         let geometry = &self.header.geometry;
         let start = self.starts[(record % self.starts.len() as u64) as usize];
+        let reach = (geometry.ring_words / BATCHES_PER_RING).max(self.batch.len()) as u64;
         record < self.tail
-            || self.head - record >= geometry.descriptors as u64 / 2
-            || self.position - start >= geometry.ring_words as u64 / 2
+            || self.head - record >= (geometry.descriptors / BATCHES_PER_RING) as u64
+            || self.position - start >= reach
     }
 
-    /// Take the space of a record of `words` words, if there is room.
-    fn reserve(&mut self, words: usize, on_full: OnFull) -> Option<Reservation> {
+    /// Take the space of a record of `words` words, if there is room, or if it comes in time.
+    fn reserve(&mut self, words: usize) -> Option<Reservation> {
         let ring = self.header.geometry.ring_words as u64;
         let in_lap = self.position % ring;
         // A payload is contiguous: what would run over the ring's end begins at its start.
         let position = if in_lap + words as u64 > ring { self.position - in_lap + ring } else { self.position };
         let end = position + words as u64;
-        if !self.make_room(end) && !self.wait_for_room(end, on_full) {
+        if !self.make_room(end) && !self.wait_for_room(end) {
             return None;
         }
         let index = self.head;
@@ -374,33 +404,39 @@ impl<M: Memory> Writer<M> {
         self.memory.store(at + descriptor::SEQUENCE, index + 1, Release);
     }
 
-    /// Give away old records until the rings have room up to `end`; false if a lossless reader still needs one.
+    /// Give away old records until the rings have room up to `end`; false if one is in the way that a lossless reader
+    /// still needs, or that has not landed.
     fn make_room(&mut self, end: u64) -> bool {
-        let (descriptors, ring) = (self.starts.len() as u64, self.header.geometry.ring_words as u64);
-        let before = self.tail;
-        let mut needed_by_reader = None;
-        while self.tail < self.head {
-            let oldest = self.starts[(self.tail % descriptors) as usize];
-            if self.head - self.tail < descriptors && end - oldest <= ring {
-                break;
-            }
-            let needed = *needed_by_reader.get_or_insert_with(|| self.oldest_needed());
-            if self.tail >= needed || !self.has_landed(self.tail) {
-                break;
-            }
+        if self.has_room(end) {
+            return true;
+        }
+        let (before, needed) = (self.tail, self.oldest_needed());
+        while !self.has_room(end) && self.tail < needed && self.has_landed(self.tail) {
             self.tail += 1;
         }
         if self.tail > before {
-            // Readers must see that the records are gone before any word of them changes. The release fence pairs with
-            // the acquire fence in `Reader`: a reader that saw one of the words written below sees this tail.
+            // Announced first, so that a lossless reader that comes just now is not overlooked. The fence pairs with the
+            // one in `Reader::new`, which stands between the filling of an entry and the look at this word: either that
+            // reader sees the announcement and begins behind it, or we see its entry here. The release store has the
+            // head before it: a reader never sees a tail past the head (`Reader::oldest`).
+            self.memory.store(word::NEXT_TAIL, self.tail, Release);
+            self.memory.fence(SeqCst);
+            self.tail = self.tail.min(self.oldest_needed()).max(before);
+            // Relaxed: the fence above stands between the head and these.
+            self.memory.store(word::NEXT_TAIL, self.tail, Relaxed);
             self.memory.store(word::TAIL, self.tail, Relaxed);
+            // Readers must see that the records are gone before any word of them changes. This fence pairs with the acquire
+            // fence in `Reader::still_there`: a reader that saw one of the words written below sees this tail.
             self.memory.fence(Release);
         }
-        if self.tail == self.head {
-            return true;
-        }
+        self.has_room(end)
+    }
+
+    /// Whether one more descriptor, and the ring up to `end`, hold no record that is not given away.
+    fn has_room(&self, end: u64) -> bool {
+        let (descriptors, ring) = (self.starts.len() as u64, self.header.geometry.ring_words as u64);
         let oldest = self.starts[(self.tail % descriptors) as usize];
-        self.head - self.tail < descriptors && end - oldest <= ring
+        self.tail == self.head || (self.head - self.tail < descriptors && end - oldest <= ring)
     }
 
     fn has_landed(&self, index: u64) -> bool {
@@ -414,7 +450,8 @@ impl<M: Memory> Writer<M> {
         let mut needed = u64::MAX;
         for at in (0..high).map(reader_entry) {
             let owner = self.memory.load(at + entry::OWNER, Acquire);
-            if owner != 0 && owner != entry::CLAIMED && self.memory.load(at + entry::LOSSLESS, Relaxed) == 1 {
+            let reads = owner != 0 && owner & entry::CLAIMED == 0;
+            if reads && self.memory.load(at + entry::LOSSLESS, Relaxed) == 1 {
                 // Pairs with the release in `Reader::release`: what the reader read, it read before we overwrite it.
                 needed = needed.min(self.memory.load(at + entry::CURSOR, Acquire));
             }
@@ -423,20 +460,18 @@ impl<M: Memory> Writer<M> {
     }
 
     #[cold]
-    fn wait_for_room(&mut self, end: u64, on_full: OnFull) -> bool {
-        let OnFull::Wait(timeout) = on_full else {
+    fn wait_for_room(&mut self, end: u64) -> bool {
+        let OnFull::Wait(timeout) = self.on_full else {
             return false;
         };
-        let deadline = Instant::now() + timeout;
-        loop {
-            std::thread::sleep(Duration::from_micros(50));
+        let deadline = *self.deadline.get_or_insert_with(|| after(timeout));
+        while Instant::now() < deadline {
+            std::thread::sleep(WAIT_PERIOD);
             if self.make_room(end) {
                 return true;
             }
-            if Instant::now() >= deadline {
-                return false;
-            }
         }
+        false
     }
 }
 
@@ -447,6 +482,12 @@ fn clip(spans: &[Span], first: u32, end: u32) -> Vec<Span> {
         (from < to).then(|| Span { first_row: from - first, rows: to - from, ..span.clone() })
     };
     spans.iter().filter_map(within).collect()
+}
+
+/// The instant that long from now; one beyond the clock's range is as good as never.
+pub(crate) fn after(timeout: Duration) -> Instant {
+    const CENTURY: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+    Instant::now() + timeout.min(CENTURY)
 }
 
 /// Nanoseconds since the Unix epoch.

@@ -1,6 +1,7 @@
 //! How often each expert was chosen: of all tokens, by phase, and of the last N.
 
 use crate::batch::Phase;
+use crate::error::{Error, Result};
 use crate::layout::Facts;
 use std::collections::VecDeque;
 
@@ -23,26 +24,37 @@ fn each_cell(facts: &Facts, experts: &[u8], mut add: impl FnMut(usize)) {
     }
 }
 
-/// Counts u64 [L, E] of all rows, one array a phase.
+/// Most that the rows of a history may take: what a header says must not take all memory.
+const MAX_HISTORY_BYTES: usize = 4 << 30;
+
+/// Counts u64 [L, E] of all rows: one array a phase, and one of rows whose phase is not known.
 pub(super) struct Counts {
-    by_phase: [Vec<u64>; 2],
+    by_phase: [Vec<u64>; 3],
 }
 
 impl Counts {
     pub fn new(facts: &Facts) -> Self {
         let zeros = || vec![0; facts.layers.len() * facts.num_experts as usize];
-        Self { by_phase: [zeros(), zeros()] }
+        Self { by_phase: [zeros(), zeros(), Vec::new()] }
     }
 
-    pub fn add(&mut self, facts: &Facts, phase: Phase, experts: &[u8]) {
-        let counts = &mut self.by_phase[phase as usize];
+    pub fn add(&mut self, facts: &Facts, phase: Option<Phase>, experts: &[u8]) {
+        let len = self.by_phase[0].len();
+        let counts = &mut self.by_phase[phase.map_or(2, |phase| phase as usize)];
+        // Few captures have rows of an unknown phase, and the array may be large.
+        counts.resize(len, 0);
         each_cell(facts, experts, |cell| counts[cell] += 1);
     }
 
     pub fn of(&self, phase: Option<Phase>) -> Vec<u64> {
         match phase {
             Some(phase) => self.by_phase[phase as usize].clone(),
-            None => self.by_phase[0].iter().zip(&self.by_phase[1]).map(|(prefill, decode)| prefill + decode).collect(),
+            None => {
+                let [prefill, decode, unknown] = &self.by_phase;
+                let mut sum: Vec<u64> = prefill.iter().zip(decode).map(|(prefill, decode)| prefill + decode).collect();
+                sum.iter_mut().zip(unknown).for_each(|(sum, unknown)| *sum += unknown);
+                sum
+            }
         }
     }
 }
@@ -53,7 +65,7 @@ pub(super) struct History {
     row_bytes: usize,
     /// A ring: row `i` stands at `i % capacity`.
     experts: Vec<u8>,
-    phases: Vec<Phase>,
+    phases: Vec<Option<Phase>>,
     /// Rows ever added.
     end: u64,
     windows: VecDeque<Window>,
@@ -70,23 +82,29 @@ struct Window {
 }
 
 impl History {
-    pub fn new(facts: &Facts, capacity: usize) -> Self {
+    pub fn new(facts: &Facts, capacity: usize) -> Result<Self> {
         let row_bytes = facts.row_bytes();
-        Self {
+        let most = MAX_HISTORY_BYTES / row_bytes;
+        if capacity == 0 || capacity > most {
+            return Err(Error::invalid(format!(
+                "a history of {capacity} rows of {row_bytes} bytes; ask for 1 to {most}"
+            )));
+        }
+        Ok(Self {
             capacity: capacity as u64,
             row_bytes,
             experts: vec![0; capacity * row_bytes],
-            phases: vec![Phase::Prefill; capacity],
+            phases: vec![None; capacity],
             end: 0,
             windows: VecDeque::new(),
-        }
+        })
     }
 
     pub fn capacity(&self) -> u64 {
         self.capacity
     }
 
-    pub fn add(&mut self, phase: Phase, rows: &[u8]) {
+    pub fn add(&mut self, phase: Option<Phase>, rows: &[u8]) {
         let n = rows.len() / self.row_bytes;
         // Of more rows than the ring holds, only the last would stay.
         let skipped = n.saturating_sub(self.capacity as usize);
@@ -139,7 +157,7 @@ impl History {
     }
 
     fn is_in(&self, phase: Option<Phase>, row: u64) -> bool {
-        phase.is_none_or(|phase| self.phases[(row % self.capacity) as usize] == phase)
+        phase.is_none() || self.phases[(row % self.capacity) as usize] == phase
     }
 
     /// Add `amount` (modulo 2^64, so that u64::MAX takes one away) for each id of a row of the window's phase; gives
@@ -179,13 +197,13 @@ mod tests {
         #[test]
         fn windows_agree_with_a_plain_count(
             wide: bool,
-            steps in proptest::collection::vec((any::<bool>(), 0..12usize, any::<u64>()), 1..30),
+            steps in proptest::collection::vec((0..3u8, 0..12usize, any::<u64>()), 1..30),
         ) {
             let facts = facts(if wide { 300 } else { 9 });
-            let mut history = History::new(&facts, 16);
-            let mut all: Vec<(Phase, Vec<u16>)> = Vec::new();
-            for (decode, rows, seed) in steps {
-                let phase = if decode { Phase::Decode } else { Phase::Prefill };
+            let mut history = History::new(&facts, 16).unwrap();
+            let mut all: Vec<(Option<Phase>, Vec<u16>)> = Vec::new();
+            for (phase, rows, seed) in steps {
+                let phase = Phase::try_from(phase).ok();
                 let mut ids = Vec::new();
                 for row in 0..rows as u64 {
                     let id = |i: u64| ((seed ^ (row * 31 + i)).wrapping_mul(0x9e37_79b9) % u64::from(facts.num_experts)) as u16;
@@ -196,7 +214,7 @@ mod tests {
                 for (asked, last) in [(None, 5), (Some(Phase::Decode), 5), (Some(Phase::Prefill), 3), (None, 16), (None, 1)] {
                     let held = &all[all.len().saturating_sub(16)..];
                     let mut expected = vec![0; 2 * facts.num_experts as usize];
-                    let chosen = held.iter().rev().filter(|(phase, _)| asked.is_none_or(|asked| asked == *phase));
+                    let chosen = held.iter().rev().filter(|(phase, _)| asked.is_none() || asked == *phase);
                     for (_, row) in chosen.take(last as usize) {
                         for (i, &id) in row.iter().enumerate() {
                             expected[i / 2 * facts.num_experts as usize + id as usize] += 1;

@@ -1,6 +1,7 @@
 //! The arenas of a capture, read in turn; ranks that start later join.
 
-use crate::arena::{find, open};
+use crate::arena::open;
+use crate::captures::find;
 use crate::error::{Error, Result};
 use crate::layout::{Facts, Producer};
 use crate::memory::Mapped;
@@ -28,14 +29,16 @@ pub(super) struct Feed {
     capture: String,
     mode: Mode,
     pub sources: Vec<Source>,
+    /// Ranks that could not be read.
+    refused: Vec<PathBuf>,
     looked: Instant,
 }
 
 impl Feed {
     pub fn open(directory: PathBuf, capture: &str, mode: Mode) -> Result<Self> {
-        let mut feed =
-            Self { directory, capture: capture.to_owned(), mode, sources: Vec::new(), looked: Instant::now() };
-        for path in find(&feed.directory, capture)? {
+        let (capture, looked) = (capture.to_owned(), Instant::now());
+        let mut feed = Self { directory, capture, mode, sources: Vec::new(), refused: Vec::new(), looked };
+        for path in find(&feed.directory, &feed.capture)? {
             feed.add(path)?;
         }
         Ok(feed)
@@ -64,33 +67,54 @@ impl Feed {
         Ok(())
     }
 
-    /// Now and then, look for new ranks and for publishers that are gone; gives the sources that have just ended.
-    pub fn look(&mut self) -> Result<Vec<usize>> {
-        if self.looked.elapsed() < LOOK_PERIOD {
-            return Ok(Vec::new());
+    /// Whether it is time to call [`Feed::mark_ended`] and [`Feed::join_new_ranks`] again.
+    pub fn is_time_to_look(&mut self) -> bool {
+        let is_time = self.looked.elapsed() >= LOOK_PERIOD;
+        if is_time {
+            self.looked = Instant::now();
         }
-        self.looked = Instant::now();
+        is_time
+    }
+
+    /// Look for publishers that are gone; gives the sources that have just ended.
+    pub fn mark_ended(&mut self) -> Vec<usize> {
         let mut ended = Vec::new();
         for (index, source) in self.sources.iter_mut().enumerate().filter(|(_, source)| !source.over) {
-            // Read to the end first: what was published before the death is still there.
             let gone = source.reader.ended() || !process::is_alive(source.reader.header().producer);
-            if gone && source.reader.cursor() >= source.reader.head() {
+            // Read to the end first: what was published before the death is still there. A record that the publisher died
+            // in the middle of never comes.
+            if gone && !source.reader.has_next() {
                 source.over = true;
                 ended.push(index);
             }
         }
+        ended
+    }
+
+    /// Look for ranks that started later, and read them too.
+    ///
+    /// # Errors
+    /// Why a rank cannot be read; said once, though it is tried again.
+    pub fn join_new_ranks(&mut self) -> Result<()> {
         let found = match find(&self.directory, &self.capture) {
             Ok(found) => found,
-            Err(Error::CaptureNotFound { .. }) => return Ok(ended),
+            Err(Error::CaptureNotFound { .. }) => return Ok(()),
             Err(error) => return Err(error),
         };
+        let mut result = Ok(());
         for path in found {
             // A file of the same name may be another process's by now: that is another capture, not this one.
-            if !self.sources.iter().any(|source| source.path == path) {
-                self.add(path)?;
+            if self.sources.iter().any(|source| source.path == path) {
+                continue;
+            }
+            if let Err(error) = self.add(path.clone())
+                && !self.refused.contains(&path)
+            {
+                self.refused.push(path);
+                result = Err(error);
             }
         }
-        Ok(ended)
+        result
     }
 
     /// Whether every publisher has ended or died, and everything they published was read.
@@ -100,12 +124,22 @@ impl Feed {
 
     /// Rows that the writers have dropped since we came.
     pub fn dropped_rows(&self) -> u64 {
-        self.sources.iter().map(|s| s.reader.dropped_rows().saturating_sub(s.dropped_before)).sum()
+        self.sum(|source| source.reader.dropped_rows().saturating_sub(source.dropped_before))
+    }
+
+    /// Ends of requests that the writers gave up.
+    pub fn lost_ends(&self) -> u64 {
+        self.sum(|source| source.reader.lost_ends())
     }
 
     /// Rows that were overwritten before we read them.
     pub fn lost_rows(&self) -> u64 {
-        self.sources.iter().map(|source| source.reader.lost_rows()).sum()
+        self.sum(|source| source.reader.lost_rows())
+    }
+
+    /// Saturating: the arenas' words could say anything.
+    fn sum(&self, figure: impl Fn(&Source) -> u64) -> u64 {
+        self.sources.iter().map(figure).fold(0, u64::saturating_add)
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod counts;
 mod feed;
+mod known;
 mod store;
 mod stream;
 mod wait;
@@ -9,22 +10,22 @@ mod wait;
 pub use feed::ArenaId;
 pub use store::{MISSING, NO_TOKEN, RequestRows, State, Summary};
 pub use stream::{Block, RecordRange, RowStream};
-pub use wait::Pace;
+pub use wait::{Pace, Waiter};
 
 use crate::batch::{Phase, Span};
 use crate::error::{Error, Result};
 use crate::layout::Facts;
 use crate::reader::{Mode, Record, Step};
-use crate::writer::now_ns;
+use crate::writer::{after, now_ns};
 use counts::{Counts, History};
 use feed::Feed;
+use known::Known;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use store::{Key, Store};
-use wait::Waiter;
 
 /// How a collector is made.
 #[derive(Clone, Debug)]
@@ -52,7 +53,9 @@ pub struct Stats {
     pub dropped_tokens: u64,
     /// Rows that were overwritten before we read them (lossy readers only).
     pub lost_tokens: u64,
-    /// Rows of no request: counted, not kept.
+    /// Ends of requests that the writers gave up for want of room: those requests stay running.
+    pub lost_ends: u64,
+    /// Rows of no request, or of one that the reader came too late to know: counted, not kept.
     pub unattributed_tokens: u64,
     /// Rows that came for requests which are no longer held.
     pub unkept_tokens: u64,
@@ -62,7 +65,7 @@ pub struct Stats {
     pub evicted_requests: u64,
     /// Records that contradicted themselves.
     pub corrupt_records: u64,
-    /// What the last of those said.
+    /// What the last of those said, or why a later rank cannot be read.
     pub corrupt: Option<String>,
     /// Seconds from the publishing of the newest record read until it was read; of the oldest unread one, if later.
     pub lag_s: f64,
@@ -87,8 +90,8 @@ struct Inner {
     counts: Counts,
     history: History,
     store: Store,
-    /// For each arena, the batch that its last step named, and its spans' requests.
-    batches: Vec<Option<(Arc<[Span]>, Vec<Resolved>)>>,
+    /// For each arena, its batch's requests.
+    batches: Vec<Known<Resolved>>,
     steps: u64,
     last_step: Vec<Option<u64>>,
     unattributed: u64,
@@ -112,26 +115,27 @@ pub struct Collector {
     shared: Arc<Shared>,
     facts: Facts,
     thread: Mutex<Option<JoinHandle<()>>>,
+    pid: u32,
 }
 
 /// Longest time that the state is held by the thread.
 const DRAIN_SLICE: Duration = Duration::from_millis(1);
+/// How often a caller of [`Collector::sync`] looks for records that have not landed.
+const SYNC_PERIOD: Duration = Duration::from_micros(50);
 
 impl Collector {
     /// Attach to the capture of that name and begin to read, from the oldest records that are still there.
     ///
     /// # Errors
-    /// [`Error::CaptureNotFound`] and everything that [`crate::open`] refuses.
+    /// [`Error::CaptureNotFound`] and everything that [`crate::open`] refuses; [`Error::Invalid`] for a history of no rows
+    /// or of too many.
     pub fn open(capture: &str, options: Options) -> Result<Self> {
-        if options.history == 0 {
-            return Err(Error::invalid("a history of 0 rows, and the least is 1"));
-        }
         let feed = Feed::open(options.directory, capture, options.mode)?;
         let facts = feed.facts().clone();
         let state = Inner {
             counts: Counts::new(&facts),
-            history: History::new(&facts, options.history),
-            store: Store::new(options.memory),
+            history: History::new(&facts, options.history)?,
+            store: Store::new(&facts, options.memory),
             facts: facts.clone(),
             feed,
             batches: Vec::new(),
@@ -154,7 +158,7 @@ impl Collector {
             .name("expert-lens-collector".into())
             .spawn(move || run(&of_thread, options.pace))
             .map_err(|e| Error::io("start a thread for", std::path::Path::new(capture), e))?;
-        Ok(Self { shared, facts, thread: Mutex::new(Some(thread)) })
+        Ok(Self { shared, facts, thread: Mutex::new(Some(thread)), pid: std::process::id() })
     }
 
     /// What the capture says of its model.
@@ -172,19 +176,22 @@ impl Collector {
     /// Read everything that was reserved before this call; false if some of it has not landed within `timeout`.
     #[must_use]
     pub fn sync(&self, timeout: Duration) -> bool {
-        let deadline = Instant::now() + timeout;
+        let deadline = after(timeout);
         let targets: Vec<u64> = self.lock().feed.sources.iter().map(|source| source.reader.head()).collect();
         loop {
             let mut state = self.lock();
-            state.drain(&self.shared.tokens, DRAIN_SLICE);
-            if state.feed.sources.iter().zip(&targets).all(|(source, &target)| source.reader.cursor() >= target) {
+            let (_, emptied) = state.drain(&self.shared.tokens, DRAIN_SLICE);
+            let mut sources = state.feed.sources.iter().zip(&targets);
+            if sources.all(|(source, &target)| source.over || source.reader.cursor() >= target) {
                 return true;
             }
             drop(state);
             if Instant::now() >= deadline {
                 return false;
             }
-            std::thread::yield_now();
+            if emptied {
+                std::thread::sleep(SYNC_PERIOD);
+            }
         }
     }
 
@@ -239,6 +246,10 @@ impl Collector {
 
     /// Stop reading and let go of the arenas. What was collected stays readable.
     pub fn close(&self) {
+        // A forked child holds a copy of this value: the thread is not there, and may have held the lock.
+        if std::process::id() != self.pid {
+            return;
+        }
         self.shared.stop.store(true, Relaxed);
         if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
             let _ = thread.join();
@@ -305,7 +316,7 @@ impl Inner {
 
     /// Take one record of an arena; false if there is none.
     fn take_one(&mut self, arena: usize, tokens: &AtomicU64) -> bool {
-        self.batches.resize_with(self.feed.sources.len(), || None);
+        self.batches.resize_with(self.feed.sources.len(), Known::default);
         self.last_step.resize(self.feed.sources.len(), None);
         let reader = &mut self.feed.sources[arena].reader;
         let mut time_ns = 0;
@@ -314,13 +325,17 @@ impl Inner {
             Ok(Some(Record::End(end))) => self.store.finish(arena, &end),
             Ok(Some(Record::Step(step))) => {
                 time_ns = step.time_ns;
-                let batch = &mut self.batches[arena];
-                resolve(batch, &step, arena, &mut self.store);
+                let store = &mut self.store;
+                let resolve = |span: &Span| Resolved {
+                    rows: span.first_row as usize..(span.first_row + span.rows) as usize,
+                    phase: span.phase,
+                    key: store.key_of(arena, span),
+                };
+                let spans = self.batches[arena].spans(step.batch, resolve);
                 if self.last_step[arena] != Some(step.step) {
                     self.last_step[arena] = Some(step.step);
                     self.steps += 1;
                 }
-                let spans = batch.as_ref().map_or(&[][..], |(_, spans)| spans);
                 self.unattributed +=
                     apply(&self.facts, &step, spans, &mut self.counts, &mut self.history, &mut self.store);
                 tokens.fetch_add(step.rows as u64, Relaxed);
@@ -339,9 +354,14 @@ impl Inner {
     }
 
     fn look(&mut self) {
-        match self.feed.look() {
-            Ok(ended) => ended.into_iter().for_each(|arena| self.store.abort_running(arena)),
-            Err(error) => self.corrupt = Some(error.to_string()),
+        if !self.feed.is_time_to_look() {
+            return;
+        }
+        for arena in self.feed.mark_ended() {
+            self.store.abort_running(arena);
+        }
+        if let Err(error) = self.feed.join_new_ranks() {
+            self.corrupt = Some(error.to_string());
         }
     }
 
@@ -356,20 +376,21 @@ impl Inner {
         if let Some((stats, _)) = &self.closed {
             return stats.clone();
         }
-        let behind = self.feed.sources.iter().filter(|source| source.reader.cursor() < source.reader.head());
-        let waited = behind.map(|source| now_ns().saturating_sub(source.reader.time_ns())).max().unwrap_or(0);
+        let unread = self.feed.sources.iter().filter_map(|source| source.reader.next_time_ns());
+        let waited = unread.map(|time_ns| now_ns().saturating_sub(time_ns)).max().unwrap_or(0);
         Stats {
             steps: self.steps,
             tokens,
             dropped_tokens: self.feed.dropped_rows(),
             lost_tokens: self.feed.lost_rows(),
+            lost_ends: self.feed.lost_ends(),
             unattributed_tokens: self.unattributed,
             unkept_tokens: self.store.unkept_rows,
             missing_tokens: self.store.missing_rows(),
             evicted_requests: self.store.evicted_requests,
             corrupt_records: self.corrupt_records,
             corrupt: self.corrupt.clone(),
-            lag_s: self.lag_ns.max(if tokens > 0 { waited } else { 0 }) as f64 * 1e-9,
+            lag_s: self.lag_ns.max(waited) as f64 * 1e-9,
             memory: self.store.bytes() as u64,
             arenas: self.feed.sources.len() as u64,
             ended: self.feed.is_over(),
@@ -377,25 +398,8 @@ impl Inner {
     }
 }
 
-/// Look the batch's requests up, unless the step's batch is the one that was looked up last.
-fn resolve(batch: &mut Option<(Arc<[Span]>, Vec<Resolved>)>, step: &Step<'_>, arena: usize, store: &mut Store) {
-    let Some(spans) = step.batch else {
-        *batch = None;
-        return;
-    };
-    if batch.as_ref().is_some_and(|(known, _)| Arc::ptr_eq(known, spans)) {
-        return;
-    }
-    let resolve = |span: &Span| Resolved {
-        rows: span.first_row as usize..(span.first_row + span.rows) as usize,
-        phase: span.phase,
-        key: store.key_of(arena, span),
-    };
-    *batch = Some((Arc::clone(spans), spans.iter().map(resolve).collect()));
-}
-
-/// Count a step's rows and hand them to their requests; gives how many belong to none. Rows under no span count as
-/// prefill, being rows of a step about whose requests nothing is known.
+/// Count a step's rows and hand them to their requests; gives how many belong to none. Rows under no span are of no known
+/// phase.
 fn apply(
     facts: &Facts,
     step: &Step<'_>,
@@ -407,21 +411,24 @@ fn apply(
     let row_bytes = facts.row_bytes();
     let mut unattributed = 0;
     let mut count = |phase, rows: std::ops::Range<usize>| {
+        if rows.is_empty() {
+            return;
+        }
         let experts = &step.experts[rows.start * row_bytes..rows.end * row_bytes];
         counts.add(facts, phase, experts);
         history.add(phase, experts);
     };
     let mut next = 0;
     for span in spans {
-        count(Phase::Prefill, next..span.rows.start);
+        count(None, next..span.rows.start);
         unattributed += span.rows.start - next;
-        count(span.phase, span.rows.clone());
+        count(Some(span.phase), span.rows.clone());
         match span.key {
             Some(key) => store.add(facts, key, step, span.rows.clone(), span.phase),
             None => unattributed += span.rows.len(),
         }
         next = span.rows.end;
     }
-    count(Phase::Prefill, next..step.rows);
+    count(None, next..step.rows);
     (unattributed + step.rows - next) as u64
 }

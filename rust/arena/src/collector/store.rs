@@ -119,6 +119,10 @@ impl Request {
         self.num_positions.unwrap_or(self.rows.len())
     }
 
+    fn missing(&self) -> usize {
+        self.tokens() - self.present
+    }
+
     /// Keep rows of consecutive positions.
     fn keep(&mut self, facts: &Facts, step: &Step<'_>, run: Range<usize>, phase: Phase) {
         let (row_bytes, row_ids) = (facts.row_bytes(), facts.ids_per_row());
@@ -147,7 +151,7 @@ impl Request {
     fn summary(&self) -> Summary {
         let (request, tokens) = (self.id.clone(), self.tokens());
         let (state, prompt_tokens) = (self.state, self.prompt_tokens);
-        Summary { request, state, prompt_tokens, tokens, missing: tokens - self.present, arena: self.arena }
+        Summary { request, state, prompt_tokens, tokens, missing: self.missing(), arena: self.arena }
     }
 }
 
@@ -165,6 +169,8 @@ const MAX_EVICTED_IDS: usize = 65_536;
 /// Requests and their rows.
 pub(super) struct Store {
     budget: usize,
+    /// Bytes of one row and all that is kept with it.
+    row_bytes: usize,
     bytes: usize,
     requests: SlotMap<Key, Request>,
     by_id: HashMap<String, Key>,
@@ -177,9 +183,13 @@ pub(super) struct Store {
 }
 
 impl Store {
-    pub fn new(budget: usize) -> Self {
+    pub fn new(facts: &Facts, budget: usize) -> Self {
+        let weight_bytes = if facts.weights { facts.ids_per_row() * 2 } else { 0 };
+        // Token id, phase, step, time.
+        let other_bytes = 4 + 1 + 8 + 8;
         Self {
             budget,
+            row_bytes: facts.row_bytes() + weight_bytes + other_bytes,
             bytes: 0,
             requests: SlotMap::with_key(),
             by_id: HashMap::new(),
@@ -235,15 +245,18 @@ impl Store {
         let before = request.rows.bytes();
         let mut row = range.start;
         while row < range.end {
-            let run = row..end_of_run(step.positions, row, range.end);
+            let mut run = row..end_of_run(step.positions, row, range.end);
             row = run.end;
-            let last = step.positions[run.end - 1] as usize;
+            let first = step.positions[run.start] as usize;
+            // Positions past the request's end are void.
+            let void = (first + run.len()).saturating_sub(request.num_positions.unwrap_or(usize::MAX));
+            run.end -= void.min(run.len());
             // A position far ahead must not take the memory of all others; twice is what a growing Vec may take.
-            if (last + 1).saturating_mul(2 * (facts.row_bytes() + 40)) > self.budget {
+            if (first + run.len()).saturating_mul(2 * self.row_bytes) > self.budget {
                 self.unkept_rows += run.len() as u64;
-                continue;
+            } else if !run.is_empty() {
+                request.keep(facts, step, run, phase);
             }
-            request.keep(facts, step, run, phase);
         }
         self.bytes = self.bytes + request.rows.bytes() - before;
         self.make_room(key);
@@ -284,12 +297,16 @@ impl Store {
 
     /// Positions, of all requests held, whose row is not.
     pub fn missing_rows(&self) -> u64 {
-        self.requests.values().map(|request| (request.tokens() - request.present) as u64).sum()
+        self.requests.values().map(|request| request.missing() as u64).sum()
     }
 
-    /// A request's rows, filled up with missing ones to the positions whose forward ran.
+    /// A request's rows, filled up with missing ones to the positions whose forward ran. None if it is not held, or if
+    /// so many are missing that they alone would exceed the budget.
     pub fn rows(&self, facts: &Facts, request: &str) -> Option<RequestRows> {
         let request = &self.requests[*self.by_id.get(request)?];
+        if request.missing().saturating_mul(self.row_bytes) > self.budget {
+            return None;
+        }
         let mut rows = request.rows.clone();
         rows.resize(facts, request.tokens());
         Some(rows)

@@ -1,12 +1,14 @@
 //! Rows in the order of their records, for a recorder: nothing is lost between what it took and what it wrote.
 
 use super::feed::{ArenaId, Feed, Source, arena_id};
+use super::known::Known;
 use super::store::NO_TOKEN;
 use super::wait::{Pace, Waiter};
 use crate::batch::{End, Span};
 use crate::error::Result;
 use crate::layout::Facts;
 use crate::reader::{Mode, Record, Step};
+use crate::writer::after;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -77,9 +79,11 @@ pub struct RowStream {
     waiter: Waiter,
     block: Block,
     by_id: HashMap<String, u32>,
-    /// The batch looked up last, for each arena: its spans' indices into `block.ids`.
-    batches: Vec<Option<(Arc<[Span]>, Vec<Option<u32>>)>>,
+    /// For each arena, its batch's requests: indices into `block.ids`; None for rows of no request.
+    batches: Vec<Known<Option<u32>>>,
     skipped: u64,
+    /// For each arena, the record after the last one that a block gave out.
+    taken: Vec<u64>,
     stop: Arc<AtomicBool>,
     /// Once stopped: for each arena, the record to stop before.
     targets: Option<Vec<u64>>,
@@ -99,8 +103,9 @@ impl RowStream {
         let mut skipped = 0;
         for source in &mut feed.sources {
             if let Some((_, last)) = resume.iter().find(|(arena, _)| *arena == arena_id(&source.reader)) {
-                skipped += source.reader.tail().saturating_sub(last + 1);
-                source.reader.seek(last + 1);
+                let next = last.saturating_add(1);
+                skipped += source.reader.cursor().saturating_sub(next);
+                source.reader.seek(next);
             }
         }
         let waiter = Waiter::new(Pace::CALM);
@@ -111,6 +116,7 @@ impl RowStream {
             by_id: HashMap::new(),
             batches: Vec::new(),
             skipped,
+            taken: Vec::new(),
             stop: Arc::default(),
             targets: None,
         })
@@ -144,7 +150,10 @@ impl RowStream {
     #[must_use]
     pub fn is_over(&self) -> bool {
         let sources = self.feed.sources.iter();
-        let reached = |targets: &Vec<u64>| sources.zip(targets).all(|(source, &end)| source.reader.cursor() >= end);
+        // A record that its publisher died in the middle of is never reached.
+        let reached = |targets: &Vec<u64>| {
+            sources.zip(targets).all(|(source, &end)| source.over || source.reader.cursor() >= end)
+        };
         self.targets.as_ref().map_or_else(|| self.feed.is_over(), reached)
     }
 
@@ -154,13 +163,16 @@ impl RowStream {
     /// # Errors
     /// When a new rank of the capture cannot be opened.
     pub fn take(&mut self, rows: usize, timeout: Duration) -> Result<Block> {
-        let deadline = Instant::now() + timeout;
+        let deadline = after(timeout);
         loop {
-            if self.targets.is_none() {
-                self.feed.look()?;
-                if self.stop.load(Relaxed) {
-                    self.targets = Some(self.feed.sources.iter().map(|source| source.reader.head()).collect());
+            if self.feed.is_time_to_look() {
+                self.feed.mark_ended();
+                if self.targets.is_none() {
+                    self.feed.join_new_ranks()?;
                 }
+            }
+            if self.targets.is_none() && self.stop.load(Relaxed) {
+                self.targets = Some(self.feed.sources.iter().map(|source| source.reader.head()).collect());
             }
             let mut came = false;
             for arena in 0..self.feed.sources.len() {
@@ -170,6 +182,7 @@ impl RowStream {
             if full || Instant::now() >= deadline || (!came && self.is_over()) {
                 self.by_id.clear();
                 self.batches.clear();
+                self.taken = self.feed.sources.iter().map(|source| source.reader.cursor()).collect();
                 return Ok(std::mem::take(&mut self.block));
             }
             if !came {
@@ -178,11 +191,10 @@ impl RowStream {
         }
     }
 
-    /// Everything taken so far is durable: the writers may reuse its space.
+    /// Every block given out so far is durable: the writers may reuse its space.
     pub fn release(&mut self) {
-        for source in &mut self.feed.sources {
-            let cursor = source.reader.cursor();
-            source.reader.release(cursor);
+        for (source, &taken) in self.feed.sources.iter_mut().zip(&self.taken) {
+            source.reader.release(taken);
         }
     }
 
@@ -191,7 +203,7 @@ impl RowStream {
     }
 
     fn take_one(&mut self, arena: usize) -> bool {
-        self.batches.resize_with(self.feed.sources.len(), || None);
+        self.batches.resize_with(self.feed.sources.len(), Known::default);
         let Source { reader, .. } = &mut self.feed.sources[arena];
         let (id, first) = (arena_id(reader), reader.cursor());
         if self.targets.as_ref().is_some_and(|targets| first >= targets[arena]) {
@@ -201,19 +213,17 @@ impl RowStream {
             Ok(None) => return false,
             Ok(Some(Record::End(end))) => self.block.ends.push(end),
             Ok(Some(Record::Step(step))) => {
-                let batch = &mut self.batches[arena];
-                let known = batch.as_ref().zip(step.batch).is_some_and(|((known, _), spans)| Arc::ptr_eq(known, spans));
-                if !known {
-                    *batch = step.batch.map(|spans| {
-                        let index = |span: &Span| index_of(span, &mut self.by_id, &mut self.block.ids);
-                        (Arc::clone(spans), spans.iter().map(index).collect())
-                    });
-                }
+                let index = |span: &Span| index_of(span, &mut self.by_id, &mut self.block.ids);
+                let indices = self.batches[arena].spans(step.batch, index);
                 let range = self.block.ranges.iter().position(|range| range.arena == id);
                 let range = range.unwrap_or(self.block.ranges.len()) as u32;
-                self.block.add(&step, batch.as_ref().map_or(&[][..], |(_, indices)| indices), range);
+                self.block.add(&step, indices, range);
             }
             Err(_) => self.block.corrupt += 1,
+        }
+        if reader.cursor() <= first {
+            // The arena, not a record, contradicts itself.
+            return true;
         }
         let last = reader.cursor() - 1;
         match self.block.ranges.iter_mut().find(|range| range.arena == id) {
