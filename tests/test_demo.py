@@ -13,9 +13,10 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from expert_lens import demo
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from expert_lens import demo
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -49,6 +49,10 @@ class EngineTap(Protocol):
     def error(self) -> Exception | None:
         """Why the capture switched itself off, or None."""
 
+    @property
+    def lost_tokens(self) -> int:
+        """Rows lost on the way to the writer."""
+
     def request(self, name: str) -> AbstractContextManager[None]:
         """Name the requests of the calls in this block."""
 
@@ -321,8 +325,11 @@ class Lens:
         """What was seen, what was lost and why, and what it takes; `expert_lens.types.Stats` says what each means."""
         if not self._closed:
             self._collector.sync(SYNC_TIMEOUT)
+        stats = self._collector.stats()
+        if self._tap is not None:
+            stats["dropped_tokens"] += self._tap.lost_tokens
         return {
-            **self._collector.stats(),
+            **stats,
             "memory_limit_bytes": self._memory_bytes,
             "recordings": [recording.stats for recording in self._recordings],
             "error": None if self._error is None else f"{type(self._error).__name__}: {self._error}",

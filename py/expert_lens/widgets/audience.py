@@ -5,8 +5,8 @@ indicator blink, so a page is asked for one only when half of its window is used
 frames grows from 2 while answers come quickly, and shrinks when they do not. So a slow page or link never has more
 than about half a second of pictures on the way to it.
 
-A kernel that cannot hear while a cell runs (its front-end sends comm messages to the main shell) gets no
-acknowledgements then, and the rate limit alone holds.
+While a cell runs, the rate limit alone holds for a kernel that cannot hear then (its front-end sends comm messages to
+the main shell), and for small frames: an acknowledgement then makes JupyterLab show the kernel as idle.
 """
 
 import threading
@@ -21,6 +21,8 @@ WINDOW_BYTES: Final = 16 << 20
 """Most bytes on their way to a page, whatever its window, as long as the smallest window holds."""
 QUICK, SLOW = 0.25, 0.5
 """Seconds to an acknowledgement: below the first the window grows, above the second it shrinks."""
+SMALL_FRAME: Final = 32 << 10
+"""Bytes of a frame that any link takes at full rate."""
 PROBE: Final = 1.0
 """Seconds after which one frame is sent although the window is full: a page that lives answers it."""
 PROBES: Final = 8
@@ -98,8 +100,9 @@ class Audience:
             looking = [page for page in self._pages.values() if page.looks and page.probes < PROBES]
             if not looking:
                 return RARELY
-            deaf = busy and not self._heard_while_busy
-            if deaf or any(self._sent - page.acknowledged < page.limit(self._frame_bytes) for page in looking):
+            if self._deaf(busy) or any(
+                self._sent - page.acknowledged < page.limit(self._frame_bytes) for page in looking
+            ):
                 return 0.0
             wait = self._sent_at + PROBE - now
             if wait <= 0:
@@ -115,13 +118,18 @@ class Audience:
             return 0.0
         return max(0.0, self._sent_at + UNHEARD_INTERVAL - now) if busy else RARELY
 
-    def sends(self, frame_bytes: int, now: float) -> tuple[int, bool]:
+    def _deaf(self, busy: bool) -> bool:
+        return busy and (not self._heard_while_busy or self._frame_bytes <= SMALL_FRAME)
+
+    def sends(self, frame_bytes: int, now: float, busy: bool) -> tuple[int, bool]:
         """A frame is about to be sent: its number, and whether pages are to acknowledge it."""
         with self._lock:
             self._sent += 1
             self._sent_at, self._frame_bytes = now, frame_bytes
             ask = False
             for page in self._pages.values():
+                if self._deaf(busy):
+                    page.acknowledged, page.asked = self._sent, None
                 used = self._sent - page.acknowledged
                 if page.looks and page.asked is None and used >= page.limit(frame_bytes) // 2:
                     page.asked = self._sent, now

@@ -4,7 +4,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Final, get_args
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -12,13 +12,26 @@ from expert_lens.types import Phase
 from expert_lens.widgets.frames import Snapshot
 from expert_lens.widgets.source import HeatmapSource
 
-__all__ = ["Camera", "Moment"]
+__all__ = ["Camera", "Moment", "Shot"]
 
 STATS_EVERY: Final = 0.2
 """Seconds for which the source's stats count as new: they may cost more than a frame."""
 
+NO_STATS: Final = {"tokens": 0, "steps": 0, "dropped_tokens": 0, "missing_tokens": 0, "lag_s": 0.0, "state": "closed"}
+
+PLANES: Final[Mapping[str, Phase | None]] = {"both": None, "prefill": "prefill", "decode": "decode"}
+"""Names of a snapshot's planes, and the phase that a source is asked for. The last N tokens of both phases need not be
+the last N of each together, so none is made from the others."""
+
 Moment = tuple[Any, ...]
 """What a snapshot would show; two that are equal need no second snapshot."""
+
+
+class Shot(NamedTuple):
+    """A snapshot, and the moment that it shows."""
+
+    moment: Moment
+    snapshot: Snapshot
 
 
 class Camera:
@@ -34,43 +47,38 @@ class Camera:
         self._stats: Mapping[str, Any] = {}
         self._stats_at = 0.0
         nothing = np.zeros((len(self.layers), self.num_experts), np.uint64)
-        self._last = Snapshot({"prefill": nothing, "decode": nothing}, {"state": "closed"})
+        self._last = Snapshot(dict.fromkeys(PLANES, nothing), _facts(NO_STATS, None))
 
     def moment(self, window: int | None) -> Moment:
-        """The moment that `take` would show now."""
+        """The moment that `take` would show now, with the stats of now, not of a moment ago."""
         with self._lock:
+            self._stats = {}
             return self._moment(self._source(), window)
 
-    def take(self, window: int | None) -> tuple[Moment, Snapshot]:
-        """The counts of all tokens, or of the last `window`, and the facts beside them, with their moment.
+    def take(self, window: int | None, phase: str | None = None) -> Shot:
+        """The counts of all tokens, or of the last `window`, and the facts beside them.
 
-        A source that is gone leaves its last picture, with state "closed".
+        phase: "both", "prefill" or "decode" for this plane alone; None for all of them. A source that is gone leaves
+        its last picture, with the planes that this had and state "closed".
         """
+        shot = self.take_unless(None, window, phase)
+        assert shot is not None
+        return shot
+
+    def take_unless(self, moment: Moment | None, window: int | None, phase: str | None) -> Shot | None:
+        """As `take`, and None if this is still the moment."""
         with self._lock:
             source = self._source()
-            moment = self._moment(source, window)
+            now = self._moment(source, window)
+            if now == moment:
+                return None
             if source is None:
                 if self._last.facts["state"] == "running":
                     self._last = Snapshot(self._last.planes, {**self._last.facts, "state": "closed"})
-                return moment, self._last
-            planes = {phase: source.counts(phase, window) for phase in get_args(Phase)}
-            if window is not None:  # The last N tokens are not the last N of each phase together.
-                planes["both"] = source.counts(None, window)
-            stats = self._stats
-            facts = {
-                "window": window,
-                "tokens": int(stats["tokens"]),
-                "steps": int(stats["steps"]),
-                "dropped": int(stats["dropped_tokens"]),
-                "missing": int(stats["missing_tokens"]),
-                "lost": int(stats.get("lost_tokens", 0)),
-                "lag": round(float(stats["lag_s"]), 6),
-                "state": str(stats["state"]),
-                "error": stats.get("error"),
-                "seconds": round(time.monotonic(), 4),
-            }
-            self._last = Snapshot(planes, facts)
-            return moment, self._last
+            else:
+                planes = {name: source.counts(PLANES[name], window) for name in (PLANES if phase is None else (phase,))}
+                self._last = Snapshot(planes, _facts(self._stats, window))
+            return Shot(now, self._last)
 
     @property
     def running(self) -> bool:
@@ -84,5 +92,23 @@ class Camera:
         now = time.monotonic()
         if not self._stats or now - self._stats_at >= STATS_EVERY:
             self._stats, self._stats_at = source.stats, now
-        told = (self._stats.get(key) for key in ("dropped_tokens", "missing_tokens", "lost_tokens", "state", "error"))
+        told = (
+            self._stats.get(key)
+            for key in ("tokens", "dropped_tokens", "missing_tokens", "lost_tokens", "state", "error")
+        )
         return (seen, *told, window)
+
+
+def _facts(stats: Mapping[str, Any], window: int | None) -> dict[str, Any]:
+    return {
+        "window": window,
+        "tokens": int(stats["tokens"]),
+        "steps": int(stats["steps"]),
+        "dropped": int(stats["dropped_tokens"]),
+        "missing": int(stats["missing_tokens"]),
+        "lost": int(stats.get("lost_tokens", 0)),
+        "lag": round(float(stats["lag_s"]), 6),
+        "state": str(stats["state"]),
+        "error": stats.get("error"),
+        "seconds": round(time.monotonic(), 4),
+    }

@@ -19,6 +19,7 @@ import numpy.typing as npt
 __all__ = ["MAGIC", "Snapshot"]
 
 MAGIC = b"XLF1"
+JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 Counts = npt.NDArray[np.uint64]
 
@@ -27,18 +28,12 @@ Counts = npt.NDArray[np.uint64]
 class Snapshot:
     """The counts of one moment, and what was true of the source then.
 
-    planes: name ("both", "prefill", "decode") to u64 [L, E]; without "both" it is the sum of the others.
+    planes: name ("both", "prefill", "decode") to u64 [L, E]; frames in motion carry only the one that is looked at.
     facts: what the status line shows; only what JSON can carry.
     """
 
     planes: Mapping[str, Counts]
     facts: Mapping[str, Any] = field(default_factory=dict)
-
-    def counts(self, phase: str) -> Counts:
-        """[L, E] of "both", "prefill" or "decode". KeyError for a phase that the snapshot does not hold."""
-        if phase == "both" and "both" not in self.planes:
-            return self.planes["prefill"] + self.planes["decode"]
-        return self.planes[phase]
 
     def encode(self) -> npt.NDArray[np.uint8]:
         """The snapshot as bytes, u8 [length], in the smallest number format that keeps every count exact.
@@ -53,7 +48,7 @@ class Snapshot:
         highest = max(int(plane.max(initial=0)) for plane in planes)
         dtype = np.dtype("<u2" if highest < 1 << 16 else "<u4" if highest < 1 << 32 else "<f8")
         header = {"dtype": dtype.str[1:], "planes": list(self.planes), "shape": [len(planes), *shape], **self.facts}
-        text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
+        text = JSON.encode(header).encode()
         text += b" " * (-len(text) % 8)
         head = np.frombuffer(MAGIC + len(text).to_bytes(4, "little") + text, np.uint8)
         frame = np.empty(head.size + len(planes) * planes[0].size * dtype.itemsize, np.uint8)

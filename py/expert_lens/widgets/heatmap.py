@@ -5,7 +5,6 @@ import threading
 import time
 import uuid
 import warnings
-import weakref
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
@@ -25,6 +24,11 @@ __all__ = ["Heatmap"]
 PHASES: Final = ("both", "prefill", "decode")
 MAX_PICTURES: Final = 8
 """How many displays of one widget have their picture refreshed: the newest."""
+NO_WIDGET: Final = f"""<style class="xl-style">
+.jp-OutputArea-child:has(style.xl-style),
+.jp-OutputArea-child:not(:has(.xl)):has(+ .jp-OutputArea-child img[src*="{still.mark()}"]) {{ display: none; }}
+</style>"""
+"""Where the picture is all there is, JupyterLab would say above it that it has no widget."""
 
 
 class Heatmap(anywidget.AnyWidget):  # type: ignore[misc]  # anywidget has no types.
@@ -109,8 +113,8 @@ class Heatmap(anywidget.AnyWidget):  # type: ignore[misc]  # anywidget has no ty
             raise ValueError(f"window must be None (all tokens) or a positive number of tokens, not {window}")
         return window
 
-    @traitlets.observe("window")
-    def _changed_window(self, _change: object) -> None:
+    @traitlets.observe("phase", "window")
+    def _changed_choice(self, _change: object) -> None:
         if not self._closed and self._audience.present:
             self._pusher.ask()
 
@@ -124,9 +128,11 @@ class Heatmap(anywidget.AnyWidget):  # type: ignore[misc]  # anywidget has no ty
         """Show the live view, and below it the picture that only a page without the view shows."""
         picture, metadata = self._picture_bundle()
         if not self._closed:
-            view, _ = self._view_bundle()
+            kernel.publish({"text/html": NO_WIDGET}, {})
             # The comment keeps converters that know no widgets from showing the line of text above the picture.
-            kernel.publish({**view, "text/html": "<!-- expert_lens: the picture is the next output -->"}, {})
+            kernel.publish(
+                {**self._view_bundle(), "text/html": "<!-- expert_lens: the picture is the next output -->"}, {}
+            )
         display_id = f"expert-lens-{self._identity}-{len(self._display_ids)}"
         kernel.publish(picture, metadata, display_id)
         self._display_ids = [*self._display_ids, display_id][-MAX_PICTURES:]
@@ -136,16 +142,15 @@ class Heatmap(anywidget.AnyWidget):  # type: ignore[misc]  # anywidget has no ty
         picture, metadata = self._picture_bundle()
         if self._closed:
             return {**picture, "text/plain": repr(self)}, metadata
-        view, _ = self._view_bundle()
-        return {**view, **picture}, metadata
+        return {**self._view_bundle(), **picture}, metadata
 
-    def _view_bundle(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _view_bundle(self) -> dict[str, Any]:
         kernel.refresh_after_cells(self)
         self.displayed_at = time.monotonic()
         self._audience.expect(self.displayed_at)
         self._pusher.ask()
         view = {"version_major": 2, "version_minor": 0, "model_id": self.model_id}
-        return {"application/vnd.jupyter.widget-view+json": view, "text/plain": repr(self)}, {}
+        return {"application/vnd.jupyter.widget-view+json": view, "text/plain": repr(self)}
 
     # The picture.
 
@@ -172,9 +177,8 @@ class Heatmap(anywidget.AnyWidget):  # type: ignore[misc]  # anywidget has no ty
         moment, drawn = self._draw()
         self._picture_of, self.picture_at = (moment, self.phase), time.monotonic()
         data = {"image/png": base64.b64encode(drawn.png).decode()}
-        alternative = f"Heatmap of {self._camera.title}: load of each expert in each layer"
         # The size is that of half the pixels: crisp on any screen.
-        return data, {"image/png": {"width": drawn.width, "height": drawn.height, "alt": alternative}}
+        return data, {"image/png": {"width": drawn.width, "height": drawn.height}}
 
     def _draw(self) -> tuple[Moment, still.Still]:
         """Draw this moment, and keep its frame in the widget's state for pages that come or come back."""
@@ -185,7 +189,7 @@ class Heatmap(anywidget.AnyWidget):  # type: ignore[misc]  # anywidget has no ty
             snapshot,
             title=self._camera.title,
             layers=self._camera.layers,
-            phase=self.phase,
+            phase=self.phase if self.phase in snapshot.planes else next(iter(snapshot.planes)),
             identity=self._identity,
         )
         return moment, drawn

@@ -36,6 +36,8 @@ INK, DIM = STEPS + 16, STEPS + 48
 """First of the SHADES, from paper to full, of each ink."""
 SHADES: Final = 32
 PAPER: Final = 255
+KEYWORD: Final = b"expert_lens\0"
+IDENTITY_BYTES: Final = 32
 
 Font = Literal["regular", "bold"]
 Image = npt.NDArray[np.uint8]
@@ -44,7 +46,7 @@ Image = npt.NDArray[np.uint8]
 
 @cache
 def glyphs() -> dict[str, npt.NDArray[np.generic]]:
-    """The letters, drawn once from Liberation Sans: alpha [characters, height, width] and advances, for each font."""
+    """Letters of Liberation Sans, drawn by tests/browser/draw_glyphs.py, which says what the arrays are."""
     with np.load(STATIC / "glyphs.npz", allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
 
@@ -56,6 +58,7 @@ def letters(text: str) -> npt.NDArray[np.intp]:
 
 
 def length(text: str, font: Font = "regular") -> float:
+    """Pixels that the text is wide."""
     return float(glyphs()[f"{font}_advance"][letters(text)].sum()) if text else 0.0
 
 
@@ -96,8 +99,9 @@ def colour_table() -> bytes:
     """The 256 colours of the picture: the scale, the greys, two inks with 32 shades each, paper."""
     table = np.full((256, 3), 255, np.uint8)
     table[:STEPS] = colours("light", STEPS)
-    table[EMPTY], table[EMPTY_LINE] = rgb(load()["light"]["empty"]), rgb(load()["light"]["emptyLine"])
-    table[LINE], table[BAR], table[TRACK] = (150, 154, 160), (118, 124, 134), (233, 234, 237)
+    for index, name in ((EMPTY, "empty"), (EMPTY_LINE, "emptyLine"), (BAR, "bar"), (TRACK, "track")):
+        table[index] = rgb(load()["light"][name])
+    table[LINE] = (150, 154, 160)
     shades = np.arange(SHADES)[:, None] / (SHADES - 1)
     for first, dark in ((INK, (26, 28, 32)), (DIM, (92, 97, 106))):
         table[first : first + SHADES] = (255 + shades * (np.array(dark) - 255)).round()
@@ -114,7 +118,7 @@ def png(image: Image, identity: str = "") -> bytes:
         [
             b"\x89PNG\r\n\x1a\n",
             chunk(b"IHDR", header),
-            chunk(b"tEXt", b"expert_lens\0" + identity.encode()),
+            chunk(b"tEXt", KEYWORD + identity.encode().ljust(IDENTITY_BYTES)[:IDENTITY_BYTES]),
             chunk(b"PLTE", colour_table()),
             chunk(b"IDAT", zlib.compress(rows.tobytes(), 6)),
             chunk(b"IEND", b""),
@@ -122,12 +126,12 @@ def png(image: Image, identity: str = "") -> bytes:
     )
 
 
-def mark(identity: str) -> str:
-    """What the base64 of a file made for this identity, and of no other, contains: a page finds its picture by it.
+def mark(identity: str = "") -> str:
+    """What the base64 of a file made for this identity contains, and of any of ours without one: pages look for it.
 
     The text stands 33 bytes after the beginning, so base64 shows whole groups of three bytes of it.
     """
-    text = chunk(b"tEXt", b"expert_lens\0" + identity.encode())[:-4]
+    text = b"\0\0\0" + bytes([len(KEYWORD) + IDENTITY_BYTES]) + b"tEXt" + KEYWORD + identity.encode()
     return base64.b64encode(text[: len(text) // 3 * 3]).decode()
 
 

@@ -7,7 +7,7 @@ import weakref
 from typing import TYPE_CHECKING, Final
 
 from expert_lens.widgets.audience import Audience
-from expert_lens.widgets.camera import Camera, Moment
+from expert_lens.widgets.camera import Camera, Moment, Shot
 from expert_lens.widgets.kernel import cell_runs
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ QUIET: Final = 0.5
 """Seconds without change after which that one is drawn."""
 IDLE_AFTER, IDLE_INTERVAL = 1.0, 0.1
 """Seconds without change after which the source is asked less often, and how often then."""
-SENDING: Final = 0.3
-"""What ipykernel's sending thread spends on a frame, as a part of what ours does."""
+SENDING: Final = 0.55
+"""What ipykernel's sending thread and the waiting of ours cost, as a part of what a step does."""
 RETRY: Final = 1.0
 """Seconds until a source that failed is asked again."""
 
@@ -46,7 +46,7 @@ class Pusher:
         self._thread: threading.Thread | None = None
         self._asked = self._due = self._stopped = False
         self._sent: Moment | None = None
-        self._changed_at = 0.0
+        self._sent_at = self._changed_at = 0.0
         self._cost = 0.0
         self._failure = ""
         self.error: Exception | None = None
@@ -95,7 +95,7 @@ class Pusher:
         widget = self._widget()
         if widget is None:
             return None
-        now = time.monotonic()
+        now, began = time.monotonic(), time.thread_time()
         wait = self._audience.wait(now, cell_runs())
         if wait > 0:
             if not self._audience.present:
@@ -103,30 +103,32 @@ class Pusher:
             if now - widget.picture_at > PICTURE_EVERY:
                 widget.refresh_picture()
             return wait
-        moment = self._camera.moment(widget.window)
-        if moment != self._sent or self._due:
-            if moment != self._sent:
+        early = self._sent_at + self._pace() - now
+        if early > 0:
+            return early
+        shot = self._camera.take_unless(None if self._due else self._sent, widget.window, widget.phase)
+        if shot is not None:
+            if shot.moment != self._sent:
                 self._changed_at = now
-            self._due = False
-            self._send(widget, now)
+            self._send(widget, shot, now)
+            self._cost += 0.2 * ((1 + SENDING) * (time.thread_time() - began) - self._cost)
         elif not self._camera.running:
             widget.refresh_picture()
             return None
         quiet_for = now - self._changed_at
         if now - widget.picture_at > PICTURE_EVERY or quiet_for > QUIET:
             widget.refresh_picture()
-        return IDLE_INTERVAL if quiet_for > IDLE_AFTER else self._pace() - (time.monotonic() - now)
+        return IDLE_INTERVAL if quiet_for > IDLE_AFTER else max(0.0, now + self._pace() - time.monotonic())
 
     def _pace(self) -> float:
+        """Least seconds between two frames."""
         return max(self._interval, self._cost / self._max_load)
 
-    def _send(self, widget: "Heatmap", now: float) -> None:
-        began = time.thread_time()
-        self._sent, snapshot = self._camera.take(widget.window)
-        frame = snapshot.encode()
-        number, ask = self._audience.sends(frame.size, now)
+    def _send(self, widget: "Heatmap", shot: Shot, now: float) -> None:
+        frame = shot.snapshot.encode()
+        number, ask = self._audience.sends(frame.size, now, cell_runs())
         widget.send({"kind": "frame", "number": number, "ask": ask}, [frame])
-        self._cost += 0.2 * ((1 + SENDING) * (time.thread_time() - began) - self._cost)
+        self._sent, self._sent_at, self._due = shot.moment, now, False
         if self._failure:
             self._failure = widget.failure = ""
 

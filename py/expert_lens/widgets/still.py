@@ -43,7 +43,7 @@ class Still:
 
 def draw(snapshot: Snapshot, *, title: str, layers: Sequence[int], phase: str = "both", identity: str = "") -> Still:
     """Draw the counts of one phase with axes, colour bar and each layer's balance, or say that there are none."""
-    counts = snapshot.counts(phase)
+    counts = snapshot.planes[phase]
     image = plot(counts, layers) if counts.any() else np.full((70, 900), PAPER, np.uint8)
     if not counts.any():
         write(image, nothing(snapshot, phase), 24, 20)
@@ -84,7 +84,7 @@ def plot(counts: npt.NDArray[np.uint64], layers: Sequence[int]) -> Image:
     width, height = cell_width * num_experts, cell_height * num_layers
     bars = left + width + 28
     legend = bars + BALANCE_WIDTH + 44
-    image = np.full((top + max(height + 76, 250), max(legend + 150, 900)), PAPER, np.uint8)
+    image = np.full((top + max(height + 76, 262), max(legend + 150, 900)), PAPER, np.uint8)
 
     draw_cells(image, counts, left, top, cell_width, cell_height)
     for index in ticks(num_layers, 32 / cell_height):
@@ -98,7 +98,7 @@ def plot(counts: npt.NDArray[np.uint64], layers: Sequence[int]) -> Image:
     write(image, "layer", left - 14, top - 34, align="right", ink=DIM)
     write(image, "balance", bars, top - 34, ink=DIM)
     draw_balance(image, counts, bars, top, cell_height)
-    draw_legend(image, legend, top)
+    draw_legend(image, legend, top + 12)
     return image
 
 
@@ -117,7 +117,7 @@ def draw_cells(image: Image, counts: npt.NDArray[np.uint64], left: int, top: int
         at = np.clip((np.log2(relative) + SPAN) / (2 * SPAN), 0, 1)
     cells = np.where(relative > 0, (at * (STEPS - 1)).round(), EMPTY).astype(np.uint8)
     block = cells.repeat(height, axis=0).repeat(width, axis=1)
-    rows, columns = np.indices(block.shape, sparse=True)
+    rows, columns = np.ogrid[: block.shape[0], : block.shape[1]]
     block[(block == EMPTY) & ((rows + columns) % 10 < 2)] = EMPTY_LINE
     if width >= 12 and height >= 12:
         for gap in (1, 2):
@@ -137,12 +137,12 @@ def draw_balance(image: Image, counts: npt.NDArray[np.uint64], left: int, top: i
 
 def draw_legend(image: Image, left: int, top: int) -> None:
     """The scale with its units."""
-    write(image, "\N{MULTIPLICATION SIGN} uniform load", left, top - 34, ink=DIM)
+    write(image, "\N{MULTIPLICATION SIGN} uniform load", left, top - 46, ink=DIM)
     bar = np.linspace(STEPS - 1, 0, 180).round().astype(np.uint8)
     image[top : top + 180, left : left + 24] = bar[:, None]
     for at, label in zip((0, 45, 90, 135, 180), ("≥4", "2", "1", "½", "≤¼"), strict=True):
         write(image, label, left + 36, top + at - 13, ink=DIM)
     swatch = image[top + 212 : top + 236, left : left + 24]
-    rows, columns = np.indices(swatch.shape, sparse=True)
+    rows, columns = np.ogrid[: swatch.shape[0], : swatch.shape[1]]
     swatch[:] = np.where((rows + columns) % 10 < 2, EMPTY_LINE, EMPTY)
     write(image, "no tokens", left + 36, top + 211, ink=DIM)

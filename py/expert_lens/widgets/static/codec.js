@@ -10,7 +10,7 @@ const FORMATS = { u2: Uint16Array, u4: Uint32Array, f8: Float64Array };
  * @property {number} experts
  * @property {string[]} planes
  * @property {Record<string, any>} facts what the header says
- * @property {(phase: string) => ArrayLike<number>} counts layers x experts numbers, layer by layer
+ * @property {(plane: string) => ArrayLike<number>} counts layers x experts numbers, layer by layer
  */
 
 /**
@@ -39,19 +39,9 @@ export function decode(message) {
     at % Format.BYTES_PER_ELEMENT === 0
       ? new Format(view.buffer, at, planes * size)
       : new Format(view.buffer.slice(at, at + planes * size * Format.BYTES_PER_ELEMENT));
-  const plane = (/** @type {string} */ name) => {
-    const index = facts.planes.indexOf(name);
-    return index < 0 ? undefined : numbers.subarray(index * size, (index + 1) * size);
-  };
-  let both = plane("both");
-  const counts = (/** @type {string} */ phase) => {
-    if (phase !== "both") return plane(phase) ?? new Format(size);
-    if (!both) {
-      const prefill = plane("prefill");
-      const decoded = plane("decode");
-      both = Float64Array.from(prefill, (count, index) => count + decoded[index]);
-    }
-    return both;
+  const counts = (/** @type {string} */ plane) => {
+    const first = facts.planes.indexOf(plane) * size;
+    return numbers.subarray(first, first + size);
   };
   return { layers, experts, planes: facts.planes, facts, counts };
 }
