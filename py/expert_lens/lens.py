@@ -349,8 +349,7 @@ class Lens:
         """
         from expert_lens import trace
 
-        path = trace.make_folder(folder)
-        trace.check_same_model(path, self._facts)
+        path = trace.check_folder(folder, self._facts)
         self._look()
         columns = self._collector.requests()
         sources = [trace.source_name(self.name, arena) for arena in self._collector.arenas()]

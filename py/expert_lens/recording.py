@@ -7,7 +7,6 @@ import threading
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import polars as pl
 
 from expert_lens import trace
@@ -39,14 +38,15 @@ class Recording:
 
     def __init__(self, capture: str, folder: str | os.PathLike[str], *, directory: str | None = None) -> None:
         self._capture = capture
-        self._folder = trace.make_folder(folder)
+        self._folder = trace.check_folder(folder)
         self._stream = RowStream(capture, directory=directory, resume=_durable(trace.part_infos(self._folder)))
         self._facts = self._stream.facts
         self._state: Literal["running", "ended", "failed"] = "running"
         self._error: Exception | None = None
         self._tokens = self._parts = self._bytes = self._unattributed = self._corrupt = self._dropped = 0
         try:
-            trace.check_same_model(self._folder, self._facts)
+            trace.check_folder(folder, self._facts)
+            self._folder.mkdir(parents=True, exist_ok=True)
             self._skipped = self._stream.skipped_records
         except BaseException:
             self._stream.close()
@@ -128,20 +128,20 @@ class Recording:
             self._stream.close()
 
     def _write(self, block: RowBlock) -> None:
-        self._unattributed += block["unattributed"]
-        self._corrupt += block["corrupt"]
-        if not len(block["positions"]):
-            return
+        """Make a block durable, also one without rows: its part says which records are done."""
         arenas: list[ArenaKey] = [(rank, pid, start, created) for rank, pid, start, created, _, _ in block["ranges"]]
         requests = pl.Series(block["ids"], dtype=pl.String).gather(block["requests"])
         sources = pl.Series([trace.source_name(self._capture, arena) for arena in arenas]).gather(block["arenas"])
         rows = trace.frame(self._facts, requests, block).insert_column(0, sources.alias("source"))
-        first = min(created for _, _, _, created, _, _ in block["ranges"])
-        name = f"record-{first}-{int(np.min(block['steps'])):012}-{trace.timestamp()}"
-        path = trace.write_part(self._folder, name, rows, self._capture, self._facts, block["ranges"])
+        ends = [(arena, request, num_positions) for arena, request, num_positions, _ in block["ends"]]
+        _, _, _, created, first, _ = block["ranges"][0]
+        name = f"record-{created}-{first:012}-{trace.timestamp()}"
+        path = trace.write_part(self._folder, name, rows, self._capture, self._facts, block["ranges"], ends)
         self._tokens += len(rows)
         self._parts += 1
         self._bytes += path.stat().st_size
+        self._unattributed += block["unattributed"]
+        self._corrupt += block["corrupt"]
 
 
 def _durable(infos: list[trace.PartInfo]) -> list[tuple[int, int, int, int, int]]:

@@ -28,13 +28,19 @@ METADATA_KEY = "expert_lens"
 TRACE_VERSION = 1
 PHASES = pl.Enum(["prefill", "decode"])
 PART_SUFFIX = ".parquet"
+KEY = ("source", "request", "position")
+ROW = "_row"
+ROW_GROUP_ROWS = 8192
+"""Row groups are encoded side by side: small ones keep every core busy."""
+COMPRESSION_LEVEL = 3
 
 
 class PartInfo(TypedDict):
     """What a part file says of itself.
 
-    `arenas`: for each arena, (rank, pid, start time, creation time in ns, first record, last record); empty for an
-    export, whose rows are not tied to records.
+    `arenas`: for each arena, (rank, pid, start time, creation time in ns, first record, last record). `ends`: for each
+    request that ended, (index into `arenas`, request id, positions that count). Both are empty for an export, whose
+    rows are not tied to records.
     """
 
     trace_version: int
@@ -42,6 +48,7 @@ class PartInfo(TypedDict):
     host: str
     model: ModelFacts
     arenas: list[tuple[int, int, int, int, int, int]]
+    ends: list[tuple[int, str, int]]
 
 
 class Columns(TypedDict):
@@ -110,35 +117,41 @@ def host() -> str:
     return socket.gethostname()
 
 
-def source_name(capture: str, arena: ArenaKey) -> str:
+def source_name(capture: str, arena: ArenaKey, on: str | None = None) -> str:
     """Name of an arena that no other arena has, on any machine: capture/rank@host:creation time in ns."""
     rank, _, _, created_ns = arena
-    return f"{capture}/{rank}@{host()}:{created_ns}"
+    return f"{capture}/{rank}@{on or host()}:{created_ns}"
 
 
-def make_folder(folder: str | os.PathLike[str]) -> Path:
-    """The folder of a trace, made if need be. Raises OptionError if something else stands there."""
+def check_folder(folder: str | os.PathLike[str], facts: ModelFacts | None = None) -> Path:
+    """The path of a folder that can hold a trace, whether it is there or not.
+
+    Raises OptionError if something else stands there, or, given `facts`, if it holds the trace of a model of another
+    shape: they could not be scanned together.
+    """
     path = Path(folder)
     if path.exists() and not path.is_dir():
-        raise OptionError(
-            f"Cannot write a trace to {path}: it is not a folder. Name a folder; parts are files in it."
-        )
-    path.mkdir(parents=True, exist_ok=True)
+        raise OptionError(f"Cannot write a trace to {path}: it is not a folder. Name a folder; parts are files in it.")
+    if facts is not None:
+        for info in part_infos(path):
+            if _shape(info["model"]) != _shape(facts):
+                raise OptionError(
+                    f"{path} holds a trace of {_described(info['model'])}, and this is {_described(facts)}. "
+                    "Use another folder."
+                )
     return path
 
 
-def check_same_model(folder: Path, facts: ModelFacts) -> None:
-    """Raise OptionError if a part in the folder is of a model of another shape: they could not be scanned together."""
+def _shape(model: ModelFacts) -> tuple[list[int], int, int, bool]:
+    return model["layers"], model["num_experts"], model["top_k"], model["weights"]
 
-    def shape(model: ModelFacts) -> tuple[list[int], int, int, bool]:
-        return model["layers"], model["num_experts"], model["top_k"], model["weights"]
 
-    for info in part_infos(folder):
-        if shape(info["model"]) != shape(facts):
-            raise OptionError(
-                f"{folder} holds a trace of {info['model']['model']} (layers, experts, top-k, weights: "
-                f"{shape(info['model'])}), and this is {facts['model']} {shape(facts)}. Use another folder."
-            )
+def _described(model: ModelFacts) -> str:
+    layers, weights = len(model["layers"]), "with" if model["weights"] else "without"
+    return (
+        f"{model['model'] or 'a model'} ({layers} MoE layers, {model['num_experts']} experts, top-{model['top_k']}, "
+        f"{weights} weights)"
+    )
 
 
 def with_sources(rows: pl.DataFrame, sources: Mapping[str, str]) -> pl.DataFrame:
@@ -153,23 +166,33 @@ def write_part(
     rows: pl.DataFrame,
     capture: str,
     facts: ModelFacts,
-    arenas: Sequence[Sequence[int]] = (),
+    arenas: Sequence[tuple[int, int, int, int, int, int]] = (),
+    ends: Sequence[tuple[int, str, int]] = (),
 ) -> Path:
-    """Write `<folder>/<name>.parquet` so that it appears whole or not at all: write, fsync, rename, fsync the folder."""
-    info = {
+    """Write `<folder>/<name>.parquet` so that it appears whole or not at all: write, fsync, rename, fsync the folder.
+
+    The folder is made if need be. `arenas`, `ends`: see `PartInfo`.
+    """
+    info: PartInfo = {
         "trace_version": TRACE_VERSION,
         "capture": capture,
         "host": host(),
         "model": facts,
-        "arenas": [list(arena) for arena in arenas],
+        "arenas": list(arenas),
+        "ends": list(ends),
     }
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}{PART_SUFFIX}"
     # A name that `scan` passes over, and that two processes never share.
     unfinished = folder / f".{name}.{os.getpid()}.unfinished"
     try:
         with unfinished.open("wb") as file:
             rows.write_parquet(
-                file, compression="zstd", compression_level=1, metadata={METADATA_KEY: json.dumps(info)}
+                file,
+                compression="zstd",
+                compression_level=COMPRESSION_LEVEL,
+                row_group_size=ROW_GROUP_ROWS,
+                metadata={METADATA_KEY: json.dumps(info)},
             )
             file.flush()
             os.fsync(file.fileno())
@@ -184,41 +207,83 @@ def write_part(
     return path
 
 
-def _parts(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob(f"*{PART_SUFFIX}") if not path.name.startswith("."))
+def _part_info(path: Path) -> PartInfo | None:
+    """What a Parquet file says of itself; None if it is no part of ours."""
+    try:
+        text = pl.read_parquet_metadata(path).get(METADATA_KEY)
+    except pl.exceptions.PolarsError as error:
+        raise OptionError(f"Cannot read {path} as Parquet: {error}. Move it out of the trace's folder.") from error
+    if text is None:
+        return None
+    info: PartInfo = json.loads(text)
+    if info["trace_version"] != TRACE_VERSION:
+        raise OptionError(
+            f"{path} is of trace version {info['trace_version']}, and this expert_lens reads version {TRACE_VERSION}. "
+            "Read it with the expert_lens that wrote it."
+        )
+    return info
+
+
+def _parts(folder: Path) -> dict[Path, PartInfo]:
+    """The parts of a trace, in the order of their names."""
+    paths = sorted(path for path in folder.glob(f"*{PART_SUFFIX}") if not path.name.startswith("."))
+    infos = ((path, _part_info(path)) for path in paths)
+    return {path: info for path, info in infos if info is not None}
 
 
 def part_infos(folder: Path) -> list[PartInfo]:
-    """What the parts of a trace say of themselves. Files that are no parts of ours are passed over."""
-    infos = (pl.read_parquet_metadata(path).get(METADATA_KEY) for path in _parts(folder))
-    return [json.loads(info) for info in infos if info is not None]
+    """What the parts of a trace say of themselves.
+
+    Parquet files without our metadata are passed over. Raises OptionError for a file that is no Parquet, or a part of
+    another trace version.
+    """
+    return list(_parts(folder).values())
 
 
 def scan(folder: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> pl.LazyFrame:
     """The rows of all parts in one folder, or in several, as a LazyFrame in the order of source, request, position.
 
     A row that stands in several parts (exported twice, or exported and recorded) is given once. A position that was
-    computed twice gives its last row. Raises OptionError when there are no parts, or when they are of different
-    models.
+    computed twice gives its last row; positions past a request's end give none. Parquet files that are no parts are
+    passed over. Raises OptionError when there are no parts, when they are of different models, or cannot be read.
     """
     folders = [folder] if isinstance(folder, str | os.PathLike) else list(folder)
-    paths = [path for one in folders for path in _parts(Path(one))]
-    if not paths:
+    parts = {path: info for one in folders for path, info in _parts(Path(one)).items()}
+    if not parts:
         where = ", ".join(str(Path(one)) for one in folders) or "no folder"
         raise OptionError(
-            f"No trace in {where}: there is no *{PART_SUFFIX} file. Record or export one there first."
+            f"No trace in {where}: there is no part, a *{PART_SUFFIX} file. Record or export one there first."
         )
-    first, *rest = (pl.read_parquet_schema(path)["experts"] for path in paths)
-    for path, experts in zip(paths[1:], rest, strict=True):
-        if experts != first:
+    (first_path, first), *others = parts.items()
+    for path, info in others:
+        if _shape(info["model"]) != _shape(first["model"]):
             raise OptionError(
-                f"Cannot scan {paths[0]} and {path} together: their experts are {first} and {experts}, of different "
-                "models. Scan them one by one."
+                f"Cannot scan {first_path} and {path} together: they are of {_described(first['model'])} and "
+                f"{_described(info['model'])}. Scan them one by one."
             )
-    rows = pl.scan_parquet(paths, hive_partitioning=False, glob=False)
-    key = ["source", "request", "position"]
-    # Of equal keys the last step is the one that the request went on from.
-    return rows.sort([*key, "step"]).unique(key, keep="last", maintain_order=True)
+    rows = pl.scan_parquet(list(parts), hive_partitioning=False, glob=False, row_index_name=ROW)
+    # Which rows stay is found on few columns: the experts, most of the bytes, are gathered once, in the end.
+    keys = _void_rows_removed(rows.select(ROW, *KEY, "step"), parts.values())
+    # Of equal keys the last step is the one that the request went on from; a null, which is first, says least.
+    kept = keys.sort(*KEY, "step", nulls_last=False).unique(KEY, keep="last", maintain_order=True).select(ROW)
+    return kept.join(rows, on=ROW, how="left", maintain_order="left").drop(ROW)
+
+
+def _void_rows_removed(keys: pl.LazyFrame, infos: Iterable[PartInfo]) -> pl.LazyFrame:
+    """Without the rows past the end of their request."""
+    ends = [
+        (source_name(info["capture"], info["arenas"][arena][:4], info["host"]), request, num_positions)
+        for info in infos
+        for arena, request, num_positions in info["ends"]
+    ]
+    if not ends:
+        return keys
+    columns = {"source": pl.String, "request": pl.String, "num_positions": pl.UInt32}
+    lengths = pl.LazyFrame(ends, schema=columns, orient="row").unique(["source", "request"])
+    known = keys.join(lengths, on=["source", "request"], how="left", maintain_order="left")
+    return known.filter(pl.col("num_positions").is_null() | (pl.col("position") < pl.col("num_positions"))).drop(
+        "num_positions"
+    )
 
 
 def timestamp() -> str:

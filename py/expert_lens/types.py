@@ -153,8 +153,9 @@ class RowBlock(TypedDict):
     """Rows in the order of their records: the columns of RequestRows, with `requests` u32 [n], indices into `ids`, and
     `arenas` u32 [n], indices into `ranges`.
 
-    ends: (request id, positions that count, state). ranges: (rank, pid, start time, creation time, first record, last
-    record) of each arena. unattributed, corrupt: rows of no request and broken records, both left out.
+    ends: (index into `ranges`, request id, positions that count, state). ranges: (rank, pid, start time, creation time,
+    first record, last record) of each arena. unattributed, corrupt: rows of no request and broken records, both left
+    out.
     """
 
     ids: list[str]
@@ -167,7 +168,7 @@ class RowBlock(TypedDict):
     times: npt.NDArray[np.int64]
     experts: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
     weights: npt.NDArray[np.float16] | None
-    ends: list[tuple[str, int, Literal["finished", "aborted"]]]
+    ends: list[tuple[int, str, int, Literal["finished", "aborted"]]]
     ranges: list[tuple[int, int, int, int, int, int]]
     unattributed: int
     corrupt: int

@@ -3,7 +3,7 @@
 use crate::errors::to_python;
 use crate::{convert, directory_or_default, seconds};
 use expert_lens_arena::collector::{self, ArenaId, RecordRange};
-use expert_lens_arena::{Error, Facts, Outcome, Producer};
+use expert_lens_arena::{End, Error, Facts, Outcome, Producer};
 use numpy::PyArray1;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -74,14 +74,11 @@ impl RowStream {
         dict.set_item("times", PyArray1::from_vec(py, block.times))?;
         dict.set_item("experts", convert::experts(py, &self.facts, block.experts)?)?;
         dict.set_item("weights", convert::weights(py, &self.facts, block.weights)?)?;
-        let end = |end: &expert_lens_arena::End| {
-            (
-                end.request.clone(),
-                end.num_positions,
-                if end.outcome == Outcome::Finished { "finished" } else { "aborted" },
-            )
+        let end = |(arena, end): (u32, End)| {
+            let state = if end.outcome == Outcome::Finished { "finished" } else { "aborted" };
+            (arena, end.request, end.num_positions, state)
         };
-        dict.set_item("ends", block.ends.iter().map(end).collect::<Vec<_>>())?;
+        dict.set_item("ends", block.ends.into_iter().map(end).collect::<Vec<_>>())?;
         dict.set_item("ranges", block.ranges.iter().map(range_to_python).collect::<Vec<_>>())?;
         dict.set_item("unattributed", block.unattributed)?;
         dict.set_item("corrupt", block.corrupt)?;

@@ -49,8 +49,8 @@ pub struct Block {
     pub experts: Vec<u8>,
     /// Router weights f16 [n, L, K]; empty if the arena has none.
     pub weights: Vec<u16>,
-    /// Requests that ended.
-    pub ends: Vec<End>,
+    /// Requests that ended, each behind its arena's index into `ranges`.
+    pub ends: Vec<(u32, End)>,
     /// The records that these rows came from, one entry an arena.
     pub ranges: Vec<RecordRange>,
     /// Rows of no request, left out.
@@ -209,15 +209,15 @@ impl RowStream {
         if self.targets.as_ref().is_some_and(|targets| first >= targets[arena]) {
             return false;
         }
+        let range = self.block.ranges.iter().position(|range| range.arena == id);
+        let index = range.unwrap_or(self.block.ranges.len()) as u32;
         match reader.poll() {
             Ok(None) => return false,
-            Ok(Some(Record::End(end))) => self.block.ends.push(end),
+            Ok(Some(Record::End(end))) => self.block.ends.push((index, end)),
             Ok(Some(Record::Step(step))) => {
-                let index = |span: &Span| index_of(span, &mut self.by_id, &mut self.block.ids);
-                let indices = self.batches[arena].spans(step.batch, index);
-                let range = self.block.ranges.iter().position(|range| range.arena == id);
-                let range = range.unwrap_or(self.block.ranges.len()) as u32;
-                self.block.add(&step, indices, range);
+                let request = |span: &Span| index_of(span, &mut self.by_id, &mut self.block.ids);
+                let requests = self.batches[arena].spans(step.batch, request);
+                self.block.add(&step, requests, index);
             }
             Err(_) => self.block.corrupt += 1,
         }
@@ -226,8 +226,8 @@ impl RowStream {
             return true;
         }
         let last = reader.cursor() - 1;
-        match self.block.ranges.iter_mut().find(|range| range.arena == id) {
-            Some(range) => range.last = last,
+        match range {
+            Some(range) => self.block.ranges[range].last = last,
             // A late or lapped reader does not begin where it stood; `first` then names records that were gone.
             None => self.block.ranges.push(RecordRange { arena: id, first, last }),
         }
@@ -247,18 +247,18 @@ fn index_of(span: &Span, by_id: &mut HashMap<String, u32>, ids: &mut Vec<String>
 }
 
 impl Block {
-    fn add(&mut self, step: &Step<'_>, indices: &[Option<u32>], range: u32) {
+    fn add(&mut self, step: &Step<'_>, requests: &[Option<u32>], arena: u32) {
         let mut attributed = 0;
         let spans = step.batch.map_or(&[][..], |spans| spans);
         let (row_bytes, row_ids) =
             (step.experts.len() / step.rows.max(1), step.weights.map_or(0, <[u16]>::len) / step.rows.max(1));
-        for (span, index) in spans.iter().zip(indices) {
-            let Some(index) = *index else { continue };
+        for (span, request) in spans.iter().zip(requests) {
+            let Some(request) = *request else { continue };
             let rows = span.first_row as usize..(span.first_row + span.rows) as usize;
             attributed += rows.len();
             let n = self.len() + rows.len();
-            self.requests.resize(n, index);
-            self.arenas.resize(n, range);
+            self.requests.resize(n, request);
+            self.arenas.resize(n, arena);
             self.positions.extend_from_slice(&step.positions[rows.clone()]);
             match step.token_ids {
                 Some(ids) => self.token_ids.extend_from_slice(&ids[rows.clone()]),
