@@ -1,10 +1,6 @@
 import gc
 import json
-import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +12,7 @@ import pytest
 
 import expert_lens
 import publishing
+from children import hear, say, start
 from expert_lens import errors
 from publishing import count, make_writer, publish, rows
 
@@ -321,27 +318,6 @@ print(json.dumps({"counts": lens.counts().tolist(), "requests": held}), flush=Tr
 sys.stdin.readline()
 lens.close()
 """
-
-
-def start(code: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
-    )
-
-
-def say(process: subprocess.Popen[str], text: str = "") -> None:
-    assert process.stdin is not None
-    process.stdin.write(f"{text}\n")
-    process.stdin.flush()
-
-
-def hear(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
 
 
 def test_a_model_in_another_process_is_watched_by_name() -> None:

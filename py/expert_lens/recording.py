@@ -47,6 +47,7 @@ class Recording:
         try:
             trace.check_folder(folder, self._facts)
             self._folder.mkdir(parents=True, exist_ok=True)
+            trace.remove_unfinished(self._folder)
             self._skipped = self._stream.skipped_records
         except BaseException:
             self._stream.close()

@@ -28,6 +28,7 @@ METADATA_KEY = "expert_lens"
 TRACE_VERSION = 1
 PHASES = pl.Enum(["prefill", "decode"])
 PART_SUFFIX = ".parquet"
+UNFINISHED_SUFFIX = ".unfinished"
 KEY = ("source", "request", "position")
 ROW = "_row"
 ROW_GROUP_ROWS = 8192
@@ -171,7 +172,8 @@ def write_part(
 ) -> Path:
     """Write `<folder>/<name>.parquet` so that it appears whole or not at all: write, fsync, rename, fsync the folder.
 
-    The folder is made if need be. `arenas`, `ends`: see `PartInfo`.
+    The folder is made if need be. `arenas`, `ends`: see `PartInfo`. Raises OSError, and leaves nothing, if it cannot
+    be written.
     """
     info: PartInfo = {
         "trace_version": TRACE_VERSION,
@@ -184,7 +186,7 @@ def write_part(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}{PART_SUFFIX}"
     # A name that `scan` passes over, and that two processes never share.
-    unfinished = folder / f".{name}.{os.getpid()}.unfinished"
+    unfinished = folder / f".{name}.{host()}.{os.getpid()}{UNFINISHED_SUFFIX}"
     try:
         with unfinished.open("wb") as file:
             rows.write_parquet(
@@ -197,6 +199,8 @@ def write_part(
             file.flush()
             os.fsync(file.fileno())
         unfinished.rename(path)
+    except pl.exceptions.PolarsError as error:
+        raise OSError(f"Cannot write {path}: {error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -205,6 +209,13 @@ def write_part(
     finally:
         os.close(descriptor)
     return path
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what writers of this machine that were killed have left behind."""
+    for path in folder.glob(f".*.{host()}.*{UNFINISHED_SUFFIX}"):
+        if not Path("/proc", path.name.removesuffix(UNFINISHED_SUFFIX).rpartition(".")[2]).exists():
+            path.unlink(missing_ok=True)
 
 
 def _part_info(path: Path) -> PartInfo | None:
