@@ -225,6 +225,16 @@ def test_records_that_are_gone_before_resuming_are_counted(tmp_path: Path) -> No
     writer.close()
 
 
+@pytest.mark.usefixtures("small_parts")
+def test_space_is_given_back_once_its_rows_are_durable(tmp_path: Path) -> None:
+    writer = make_writer("served", arena_bytes=1 << 16, on_full="wait", wait_timeout=10.0)
+    with Recording("served", tmp_path / "run") as running:
+        assert all(publish(writer, [(1, "a", [position])]) for position in range(3000))
+    assert running.stats["dropped_tokens"] == 0
+    check(tmp_path / "run", {"a": range(3000)})
+    writer.close()
+
+
 def test_all_ranks_are_recorded_and_told_apart(tmp_path: Path) -> None:
     writers = [make_writer("served", rank=rank) for rank in range(2)]
     with Recording("served", tmp_path):
