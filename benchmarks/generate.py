@@ -13,12 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 
 import expert_lens
 from expert_lens import demo
 
-TOKENS = 128
-ROUNDS = 15
 BATCHES = (1, 8)
 
 
@@ -74,12 +73,49 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def seconds(model: Any, inputs: Any, way: Callable[[Any], Any]) -> float:
+def seconds(model: Any, inputs: Any, tokens: int, way: Callable[[Any], Any]) -> float:
     """Of one generate call; attaching and detaching are not counted."""
     with way(model):
         began = time.perf_counter()
-        model.generate(**inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
+        model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
         return time.perf_counter() - began
+
+
+def measure(name: str, model: Any, inputs: Any, tokens: int, rounds: int, ways: dict[str, Any]) -> None:
+    """Print the figures of one model and batch."""
+    for way in (nothing, *ways.values()):
+        seconds(model, inputs, tokens, way)
+    ratios: dict[str, list[float]] = {way: [] for way in ways}
+    plain: list[float] = []
+    for _ in range(rounds):
+        order = [*ways, "none", "none"]
+        random.shuffle(order)
+        took = [(way, seconds(model, inputs, tokens, ways.get(way, nothing))) for way in order]
+        base = statistics.mean(spent for way, spent in took if way == "none")
+        plain.append(base / tokens * 1e3)
+        for way, spent in took:
+            if way != "none":
+                ratios[way].append(base / spent)
+    show(f"{name}: a step without anything", "ms", plain)
+    for way, values in ratios.items():
+        show(f"{name}: {way} : nothing", "throughput ratio", values, bar=0.99)
+
+
+def mid_size() -> Any:
+    """24 layers, 0.4 billion parameters, random: a step takes as long as on a small model that people use."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=4096,
+        hidden_size=768,
+        moe_intermediate_size=384,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=64,
+        num_experts=16,
+        num_experts_per_tok=4,
+    )
+    return transformers.Qwen3MoeForCausalLM(config).eval()
 
 
 def main() -> None:
@@ -90,22 +126,9 @@ def main() -> None:
         inputs = tokenizer(texts[:batch], return_tensors="pt", padding=True)
         # With a padded batch, output_router_logits fails in transformers 5.23 as soon as a cache is used.
         ways = WAYS if batch == 1 else {name: way for name, way in WAYS.items() if way is not router_logits}
-        for way in (nothing, *ways.values()):
-            seconds(model, inputs, way)
-        ratios: dict[str, list[float]] = {name: [] for name in ways}
-        plain: list[float] = []
-        for _ in range(ROUNDS):
-            order = [*ways, "none", "none"]
-            random.shuffle(order)
-            took = [(name, seconds(model, inputs, ways.get(name, nothing))) for name in order]
-            base = statistics.mean(spent for name, spent in took if name == "none")
-            plain.append(base / TOKENS * 1e3)
-            for name, spent in took:
-                if name != "none":
-                    ratios[name].append(base / spent)
-        show(f"generate, batch {batch}: a step without anything", "ms", plain)
-        for name, values in ratios.items():
-            show(f"generate, batch {batch}: {name} : nothing", "throughput ratio", values, bar=0.99)
+        measure(f"demo model, 8 layers, batch {batch}", model, inputs, 128, 15, ways)
+    inputs = {"input_ids": torch.arange(32)[None]}
+    measure("24 layers, 0.4 B, batch 1", mid_size(), inputs, 32, 9, WAYS)
 
 
 def show(name: str, unit: str, values: list[float], bar: float | None = None) -> None:
