@@ -1,3 +1,4 @@
+import base64
 import gc
 import json
 import signal
@@ -6,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import numpy as np
 import polars as pl
 import pytest
+from nbclient import NotebookClient
 
 import expert_lens
 import publishing
@@ -270,6 +273,27 @@ def test_a_model_seen_through_the_whole_face(demo: tuple[Any, Any], tmp_path: Pa
     assert expert_lens.captures() == []
     assert dict(vars(model)) == before
     assert expert_lens.scan(tmp_path).collect().drop("source").equals(lens.frame().drop("token"))
+
+
+def test_a_notebook_that_ran_without_a_browser_keeps_the_last_picture() -> None:
+    cells = [
+        "from publishing import make_writer, publish\nimport expert_lens\nwriter = make_writer('shown')\n"
+        "lens = expert_lens.attach('shown')\nlens",
+        "publish(writer, [(1, 'a', range(9))], {'a': 9})\nwhile lens.tokens_seen() < 9: pass",
+        "import base64\nfrom expert_lens.widgets import Heatmap\n"
+        "print(base64.b64encode(Heatmap(lens).picture).decode())",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(Path(__file__).parent)}}).execute()
+    pictures = [output.data["image/png"] for output in notebook.cells[0].outputs if "image/png" in output.data]
+    now = notebook.cells[2].outputs[0].text
+
+    def pixels(picture: str) -> bytes:
+        """What follows the mark of whose picture it is."""
+        png = base64.b64decode(picture)
+        return png[png.index(b"PLTE") :]
+
+    assert [pixels(picture) for picture in pictures] == [pixels(now)]
 
 
 def test_a_lens_that_nobody_holds_detaches(demo: tuple[Any, Any]) -> None:

@@ -429,10 +429,10 @@ class Lens:
         shape = f"{len(self.layers)} layers x {self.num_experts} experts, top-{self.top_k}"
         return f"<Lens on {self.name!r} ({state}): {self._facts['model']}, {shape}, {self.tokens_seen()} tokens>"
 
-    def _repr_mimebundle_(self, **options: Any) -> Any:
+    def _ipython_display_(self, **options: Any) -> None:
         from expert_lens.widgets import Heatmap
 
-        return Heatmap(self)._repr_mimebundle_(**options)
+        Heatmap(self)._ipython_display_(**options)
 
     # ---- inside ----
 
