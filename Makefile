@@ -33,7 +33,7 @@ demo: build ## Open the quickstart in JupyterLab; without a terminal, or with CI
 	else python notebooks/headless.py notebooks/quickstart.ipynb build/demo; fi
 
 lab: build ## Open JupyterLab on the notebooks
-	jupyter lab --notebook-dir=notebooks notebooks/quickstart.ipynb
+	jupyter lab --allow-root --notebook-dir=notebooks notebooks/quickstart.ipynb
 
 test: test-rust test-python ## Run every test
 
