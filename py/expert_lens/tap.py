@@ -11,8 +11,10 @@ This module is imported into the engine's process and imports nothing but torch,
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -124,6 +126,7 @@ class Tap:
         """The run that the last step was of, and how many steps of it that made."""
         self._jobs: deque[Callable[[], None]] = deque()
         self._turn = threading.Lock()
+        _taps.add(self)
 
     def begin(self) -> Step | None:
         """Start to hold a forward of this thread; None if the capture is off. A forward left behind is dropped."""
@@ -226,6 +229,8 @@ class Tap:
 
         Right behind the one before, the writer does all of it in one call: that is most of what decoding costs.
         """
+        if not self.active:
+            return
         if not self._jobs and self._turn.acquire(blocking=False):
             try:
                 if follows := self._next == (run, run.num_taken):
@@ -254,6 +259,8 @@ class Tap:
 
         `run`: the run whose step this is, if others will follow by `publish_next`.
         """
+        if not self.active:
+            return
         next_step = None if run is None or rows.kept is not None or self.weights else (run, run.num_taken)
         if rows.kept is not None:
             experts = experts[rows.kept]
@@ -279,17 +286,27 @@ class Tap:
         self._submit(lambda: self.writer.finish(number, request, num_positions, state))
 
     def fail(self, error: Exception) -> None:
-        """Switch the capture off and keep the error: the model's forward goes on as if nothing had happened."""
+        """Switch the capture off and keep the error: the model's forward goes on as if nothing had happened.
+
+        Once it is off, what a forward still on its way runs into is no error.
+        """
+        if not self.active:
+            return
         self.active = False
-        if self.error is None:
-            self.error = error
-            with contextlib.suppress(Warning):  # where warnings are errors, the forward must still go on
-                warnings.warn(f"expert_lens stopped capturing: {error}", RuntimeWarning, stacklevel=2)
+        self.error = error
+        with contextlib.suppress(Warning):  # where warnings are errors, the forward must still go on
+            warnings.warn(f"expert_lens stopped capturing: {error}", RuntimeWarning, stacklevel=2)
 
     def close(self) -> None:
         """Switch off and close the writer."""
         self.active = False
         self._submit(self.writer.close)
+
+    def abandon(self) -> None:
+        """Never touch the writer again: this process is a fork, and the arena belongs to its parent."""
+        self.active = False
+        self._jobs = deque(maxlen=0)  # takes no job
+        self._turn = threading.Lock()  # a thread that held the other one is not in this process
 
     def _write(
         self,
@@ -322,3 +339,14 @@ class Tap:
                 self.fail(error)
             finally:
                 turn.release()
+
+
+_taps: weakref.WeakSet[Tap] = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    for tap in _taps:
+        tap.abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_all)

@@ -2,8 +2,11 @@
 
 import copy
 import gc
+import itertools
+import os
 import pickle
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +94,55 @@ def test_closing_in_the_middle_of_a_generate_call_aborts_it(attach: Attach, mode
     assert output.shape == (1, 9)
     assert capture.requests()["0.0"]["state"] == "aborted"
     assert len(capture.experts("0.0")) == 4
+
+
+@pytest.mark.parametrize("forwards_before", [0, 1, 3])
+def test_closing_in_the_middle_of_a_forward_is_no_error(forwards_before: int, attach: Attach, model: Any) -> None:
+    model.generation_config.eos_token_id = None
+    capture = attach(model)
+    forwards = itertools.count()
+
+    def closes(*_: Any) -> None:
+        if next(forwards) == forwards_before:
+            closer = threading.Thread(target=capture.tap.close)
+            closer.start()
+            closer.join()
+
+    with oracle.experts_modules(model)[1].register_forward_pre_hook(closes), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        output = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6, pad_token_id=PAD)
+    assert output.shape == (1, 9)
+    assert capture.tap.error is None
+    assert capture.stats()["tokens"] == (0 if forwards_before == 0 else 2 + forwards_before)
+
+
+def test_a_forked_child_leaves_the_parents_arena_alone(attach: Attach, model: Any) -> None:
+    model.generation_config.eos_token_id = None
+    capture = attach(model)
+    prompt = torch.tensor([[5, 6, 7]])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a child has no thread but the one that forked
+    try:
+        cache = model(prompt, use_cache=True).past_key_values
+        child = os.fork()
+        if child == 0:
+            try:
+                del cache
+                model.generate(prompt, max_new_tokens=4, pad_token_id=PAD)
+                capture.tap.close()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+        sequences = model.generate(prompt, max_new_tokens=6, pad_token_id=PAD)
+    finally:
+        torch.set_num_threads(threads)
+    tokens = sequences[0, :-1].tolist()
+    assert {name: each["tokens"] for name, each in capture.requests().items()} == {"0.0": 3, "1.0": len(tokens)}
+    assert capture.rows("1.0")["token_ids"].tolist() == tokens
+    assert capture.requests()["0.0"]["state"] == "running"
+    assert capture.stats()["corrupt_records"] == 0
+    del cache
 
 
 def test_an_error_of_ours_switches_the_capture_off_and_not_the_model(attach: Attach, model: Any) -> None:

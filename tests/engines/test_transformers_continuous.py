@@ -13,7 +13,7 @@ from transformers.generation.continuous_batching import input_outputs
 from expert_lens.errors import (
     EngineHookError,
 )
-from oracle import Oracle
+from oracle import Oracle, replayed
 from support import MISSING, Array, Attach, Capture, generate_batch, small_batches
 from tiny_models import FAMILIES
 
@@ -148,6 +148,17 @@ def test_continuous_batching_can_be_named(attach: Attach, model: Any) -> None:
         generate_batch(model, [[5, 6, 7]], max_new_tokens=3)
     generate_batch(model, [[5, 6, 7]], max_new_tokens=3)
     assert list(capture.requests()) == ["run.req_0", "req_0"]
+
+
+def test_calls_one_after_another_keep_their_requests_apart(attach: Attach, model: Any) -> None:
+    capture = attach(model)
+    prompts = [[5, 6, 7], [9, 8], [4, 4, 4, 4]]
+    results = [next(iter(generate_batch(model, [prompt], max_new_tokens=3).values())) for prompt in prompts]
+    assert list(capture.requests()) == ["req_0", "req_0#2", "req_0#3"]
+    for request, result in zip(capture.requests(), results, strict=True):
+        tokens = (result.prompt_ids + result.generated_tokens)[:-1]
+        assert capture.rows(request)["token_ids"].tolist() == tokens
+        np.testing.assert_array_equal(capture.experts(request), replayed(model, tokens))
 
 
 def test_a_batching_manager_made_before_attaching_is_not_guessed_at(attach: Attach, model: Any) -> None:

@@ -1,13 +1,14 @@
 """`generate`: every sequence has exactly the rows that the experts received for it."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 import oracle
@@ -256,6 +257,62 @@ def test_calls_are_numbered_and_can_be_named(attach: Attach, model: Any) -> None
         "poem#2",
         *("1.0", "1.1"),
     ]
+
+
+def test_no_two_requests_get_one_id(attach: Attach, model: Any) -> None:
+    capture = attach(model)
+    for name in ["a#2", "a", "a", "a", "a#2"]:
+        with capture.tap.request(name):
+            model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, pad_token_id=PAD)
+    assert list(capture.requests()) == ["a#2", "a", "a#3", "a#4", "a#2#2"]
+
+
+class Runs(LogitsProcessor):  # type: ignore[misc]
+    """Runs the model in the middle of a generate call, as a critic or a contrastive decoder would."""
+
+    def __init__(self, run: Callable[[torch.Tensor], Any]) -> None:
+        self.run = run
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any) -> Any:
+        self.run(input_ids)
+        return scores
+
+
+@pytest.mark.parametrize("how", ["its ids", "another prompt", "one token", "in a generate of its own"])
+def test_what_runs_the_model_during_a_call_gives_no_rows_to_its_requests(how: str, attach: Attach, model: Any) -> None:
+    prompt = torch.tensor([[5, 6, 7]])
+    other = torch.tensor([[9, 9, 9]])
+    run: Callable[[torch.Tensor], Any] = {
+        "its ids": lambda ids: model(ids),
+        "another prompt": lambda ids: model(other, past_key_values=DynamicCache()),  # noqa: ARG005
+        "one token": lambda ids: model(ids[:, -1:]),
+        "in a generate of its own": lambda ids: model.generate(other, max_new_tokens=2, pad_token_id=PAD),  # noqa: ARG005
+    }[how]
+    model.generation_config.eos_token_id = None
+    capture = attach(model)
+    processors = LogitsProcessorList([Runs(run)])
+    sequences = model.generate(prompt, max_new_tokens=5, do_sample=False, logits_processor=processors, pad_token_id=PAD)
+    assert capture.tap.error is None
+    tokens = sequences[0, :-1].tolist()
+    rows = capture.rows("0.0")
+    assert rows["token_ids"].tolist() == tokens
+    np.testing.assert_array_equal(capture.experts("0.0"), oracle.replayed(model, tokens))
+    assert capture.requests()["0.0"] == {"state": "finished", "prompt_tokens": 3, "tokens": 7, "missing": 0}
+
+
+@pytest.mark.parametrize("negative", [None, [[9, 9, 9, 9, 9, 9]]])
+def test_classifier_free_guidance_leaves_the_requests_rows_alone(
+    negative: list[list[int]] | None, attach: Attach, model: Any
+) -> None:
+    model.generation_config.eos_token_id = None
+    capture = attach(model)
+    ids = torch.tensor([[5, 6, 7]])
+    options: dict[str, Any] = {} if negative is None else {"negative_prompt_ids": torch.tensor(negative)}
+    sequences = model.generate(ids, max_new_tokens=5, guidance_scale=1.5, pad_token_id=PAD, **options)
+    assert capture.tap.error is None
+    tokens = sequences[0, :-1].tolist()
+    assert capture.rows("0.0")["token_ids"].tolist() == tokens
+    np.testing.assert_array_equal(capture.experts("0.0"), oracle.replayed(model, tokens))
 
 
 @pytest.mark.parametrize("name", ["", "0.3", "x" * 201])

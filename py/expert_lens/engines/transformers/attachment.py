@@ -95,7 +95,7 @@ class TransformersTap:
         self._local = _Local()
         self._calls: set[GenerateCall] = set()
         self._plain = PlainForwards(self._tap, self._names)
-        self._continuous = ContinuousBatches(self._tap, self._patch)
+        self._continuous = ContinuousBatches(self._tap, self._names, self._patch)
         self._checked = False
         self._closed = False
         self._patches: list[Patch] = []
@@ -193,7 +193,7 @@ class TransformersTap:
     ) -> Any:
         prepared = original(input_ids, *args, **kwargs)
         call = self._local.call
-        if call is not None and not call.steady:
+        if call is not None:
             call.prepared(input_ids, kwargs.get("attention_mask"), prepared.get("input_ids"))
         return prepared
 
@@ -215,6 +215,8 @@ class TransformersTap:
             return
         try:
             call = self._local.call
+            if call is not None and not call.takes_forward():
+                call = None
             if call is None or not call.decodes(kwargs.get("input_ids")):
                 step.inputs = self._read(call, args, kwargs)
         except Exception as error:
@@ -231,7 +233,7 @@ class TransformersTap:
         do not give what they were taken to give.
         """
         step = self._tap.end()
-        if step is None:
+        if step is None or not self._tap.active:  # closed meanwhile, and with that some layers let go
             return
         if step.inputs is None:
             try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from expert_lens.engines.transformers.requests import next_number
+from expert_lens.engines.transformers.requests import RequestNames, next_number
 from expert_lens.errors import EngineHookError
 from expert_lens.tap import Rows, Tap
 
@@ -46,16 +46,20 @@ class _Manager:
 class ContinuousBatches:
     """The continuous batching managers of one model.
 
-    `patch` wraps a method of an engine's object for as long as the capture is attached.
+    `names` keeps the ids of requests apart: the engine begins its own anew with every manager. `patch` wraps a
+    method of an engine's object for as long as the capture is attached.
     """
 
-    def __init__(self, tap: Tap, patch: Callable[[Any, str, Callable[..., Any]], None]) -> None:
+    def __init__(self, tap: Tap, names: RequestNames, patch: Callable[[Any, str, Callable[..., Any]], None]) -> None:
         self._tap = tap
+        self._names = names
         self._patch = patch
         self._managers: list[_Manager] = []
 
     def add(self, manager: Any, name: str | None) -> None:
         """Follow a manager; its requests are `"{name}.{id}"` if it was made under a name, else the engine's own ids.
+
+        An id that an earlier request has gets `#2`, `#3`, ... appended.
 
         Raises EngineHookError if its parts are not where they are looked for.
         """
@@ -88,7 +92,8 @@ class ContinuousBatches:
             if active.get(state.request_id) is state:  # a warm-up's requests are not active
                 request = known.requests.get(state.request_id)
                 if request is None:
-                    request = known.requests[state.request_id] = _Request(known.prefix + state.request_id)
+                    request = _Request(self._names.unique(known.prefix + state.request_id))
+                    known.requests[state.request_id] = request
                 prompt_tokens = state._true_initial_tokens or len(state.initial_tokens)
                 phase: Phase = "prefill" if positions[start] < prompt_tokens else "decode"
                 spans.append((request.number, request.id, first_row, length, prompt_tokens, phase))

@@ -78,6 +78,7 @@ class GenerateCall:
         self._prompt: Any = arguments.get("inputs", arguments.get("input_ids"))
         self._prompt_mask: Any = arguments.get("attention_mask")
         self._total = 0
+        self._prepared = False
         self._decoding = False
         self._checked = False
         self._held: _Held | None = None
@@ -102,6 +103,9 @@ class GenerateCall:
 
     def prepared(self, input_ids: Any, mask: Any, tokens: Any) -> None:
         """The engine prepares a forward: all ids so far, the mask over all columns, the ids to be forwarded."""
+        self._prepared = True
+        if self.steady:
+            return
         self._total = input_ids.shape[1] if input_ids is not None else 0
         self.mask = mask
         self.prepared_tokens = tokens
@@ -141,6 +145,14 @@ class GenerateCall:
         """The call is over: so are its sequences."""
         if self.sequences is not None:
             self.sequences.finish(self._tap, state)
+
+    def takes_forward(self) -> bool:
+        """Whether the forward that begins now is the one that the engine prepared last.
+
+        What else runs the model during the call (a logits processor, classifier-free guidance) does so for itself.
+        """
+        prepared, self._prepared = self._prepared, False
+        return prepared or self.mode not in ("rows", "assisted")
 
     def decodes(self, token_ids: Any) -> bool:
         """Whether a forward of these ids is a usual decoding step: one token for each row, over a cache.

@@ -6,7 +6,7 @@ import itertools
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,7 +41,8 @@ class RequestNames:
 
     def __init__(self) -> None:
         self._calls = itertools.count()
-        self._uses: OrderedDict[str, int] = OrderedDict()
+        self._uses: OrderedDict[str, Iterator[int]] = OrderedDict()
+        """For each id that was given, what counts its uses: a counter, because several threads may ask at once."""
 
     @contextmanager
     def named(self, name: str) -> Iterator[None]:
@@ -70,17 +71,24 @@ class RequestNames:
         name = self.current()
         if name is None:
             call = next(self._calls)
-            return [f"{call}.{row}" for row in range(num_rows)]
+            return [self.unique(f"{call}.{row}") for row in range(num_rows)]
         if num_rows == 1:
-            return [self._unique(name)]
-        return [self._unique(f"{name}.{row}") for row in range(num_rows)]
+            return [self.unique(name)]
+        return [self.unique(f"{name}.{row}") for row in range(num_rows)]
 
-    def _unique(self, name: str) -> str:
-        uses = self._uses.pop(name, 0) + 1
-        self._uses[name] = uses
-        if len(self._uses) > MAX_REMEMBERED_NAMES:
+    def unique(self, name: str) -> str:
+        """This id, or with `#2`, `#3`, ... appended if a request has it: no two requests may be taken for one."""
+        counter = self._uses.setdefault(name, itertools.count(1))
+        request = name
+        if (uses := next(counter)) > 1:
+            mine = itertools.count(2)
+            while self._uses.setdefault(request := f"{name}#{uses}", mine) is not mine:
+                uses = next(counter)
+            with suppress(KeyError):
+                self._uses.move_to_end(name)
+        while len(self._uses) > MAX_REMEMBERED_NAMES:
             self._uses.popitem(last=False)
-        return name if uses == 1 else f"{name}#{uses}"
+        return request
 
 
 def real_tokens(mask: Any, past: int, width: int) -> tuple[npt.NDArray[np.int64] | None, Mask | None] | None:
