@@ -37,6 +37,26 @@ def test_an_unknown_capture_is_said_on_stderr_and_in_the_status(
     assert "nobody" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "folder", "says"),
+    [
+        ("a/b", "run", "'a/b' cannot name a capture"),
+        ("served", "file/run", "file is not a folder"),
+        ("served", "/proc/run", "/proc/run"),
+    ],
+)
+def test_what_cannot_be_recorded_is_said_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, folder: str, says: str
+) -> None:
+    (tmp_path / "file").touch()
+    writer = make_writer("served")
+    assert cli.main(["record", name, str(tmp_path / folder)]) == 1
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
+    writer.close()
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["--version"])

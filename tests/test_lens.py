@@ -3,7 +3,9 @@ import gc
 import json
 import signal
 import time
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from nbclient import NotebookClient
 import expert_lens
 import publishing
 from children import hear, say, start
-from expert_lens import errors
+from expert_lens import errors, types
 from publishing import count, make_writer, publish, rows
 
 PROMPTS = {"a": 4, "b": 3}
+VIEW = "application/vnd.jupyter.widget-view+json"
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def test_counts_of_all_of_a_phase_and_of_the_last(published: expert_lens.Lens) -
     assert published.counts().dtype == np.uint64
 
 
-@pytest.mark.parametrize("last", [0, -1, 16385, True, 1.5, "9"])
+@pytest.mark.parametrize("last", [0, -1, 16385, True, 1.5, "9", 2**70])
 def test_counts_refuses_what_it_cannot_count(published: expert_lens.Lens, last: Any) -> None:
     with pytest.raises(errors.OptionError, match=r"last"):
         published.counts(last=last)
@@ -219,6 +222,11 @@ def test_captures_lists_the_running_ones(captures_directory: Path, tmp_path: Pat
         ({"arena": "1 parsec"}, "arena is '1 parsec'"),
         ({"on_full": "panic"}, "on_full is 'panic'"),
         ({"history": 0}, "history is 0"),
+        ({"history": 10**12}, "a history of 1000000000000 rows"),
+        ({"wait_timeout": float("nan")}, "wait_timeout is nan"),
+        ({"lossless": "x"}, "lossless is 'x'"),
+        ({"directory": 5}, "directory is 5"),
+        ({"name": "a/b"}, "'a/b' cannot name a capture"),
         ({"name": "other"}, "name cannot be chosen"),
         ({"weights": True}, "weights cannot be chosen"),
     ],
@@ -237,6 +245,91 @@ def test_what_cannot_be_attached_to() -> None:
         expert_lens.attach("nobody")
     with pytest.raises(TypeError, match="wieghts"):
         expert_lens.attach("nobody", wieghts=True)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "\ud800"])
+def test_a_name_that_no_capture_can_have(name: str) -> None:
+    with pytest.raises(errors.OptionError, match="cannot name a capture"):
+        expert_lens.attach(name)
+
+
+def test_files_cannot_go_below_a_file(published: expert_lens.Lens, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    for write in (published.to_parquet, published.record):
+        with pytest.raises(errors.OptionError, match=r"notes\.txt is not a folder"):
+            write(tmp_path / "notes.txt" / "run")
+
+
+def test_stats_are_those_that_are_described(published: expert_lens.Lens, tmp_path: Path) -> None:
+    with published.record(tmp_path / "run"):
+        stats = published.stats
+    assert stats.keys() == types.Stats.__annotations__.keys() | types.CollectorStats.__annotations__.keys()
+    assert stats["recordings"][0].keys() == types.RecordingStats.__annotations__.keys()
+
+
+def test_closing_is_whole_even_where_warnings_are_errors() -> None:
+    writer = make_writer("known")
+    lens = expert_lens.attach("known")
+
+    class OffTap:
+        error = RuntimeError("switched off")
+        lost_tokens = 0
+
+        def close(self) -> None:
+            raise OSError("the engine is gone")
+
+    lens._tap = OffTap()  # type: ignore[assignment]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning, match="switched off"):
+            lens.close()
+    assert lens.stats["state"] == "ended"
+    lens.close()
+    writer.close()
+
+
+def test_two_threads_may_close_at_once() -> None:
+    writer = make_writer("known")
+    lens = expert_lens.attach("known")
+    publish(writer, [(1, "a", range(4))])
+    with ThreadPoolExecutor(8) as threads:
+        for closed in [threads.submit(lens.close) for _ in range(8)]:
+            closed.result()
+    assert lens.counts().sum() == count([("a", p) for p in range(4)]).sum()
+    writer.close()
+
+
+FORKED = """
+import os, signal, sys
+import expert_lens
+from publishing import make_writer, publish
+writer = make_writer("known")
+publish(writer, [(1, "a", range(4))])
+lens = expert_lens.attach("known")
+recording = lens.record(sys.argv[1])
+lens.counts()
+if (child := os.fork()) == 0:
+    signal.alarm(20)
+    asks = lens.counts, lens.requests, lambda: lens.stats, lens.frame, lambda: recording._stream.is_over
+    for ask in asks:
+        try:
+            ask()
+            print("no error", flush=True)
+        except expert_lens.ExpertLensError as error:
+            print(error, flush=True)
+    with expert_lens.attach("known") as own:
+        print(own.tokens_seen() or own.counts().sum() // 15, flush=True)
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), lens.counts().sum() // 15, flush=True)
+lens.close()
+"""
+
+
+def test_a_fork_is_told_to_attach_by_name(tmp_path: Path) -> None:
+    with start(FORKED, str(tmp_path / "run")) as process:
+        said = [hear(process) for _ in range(7)]
+    assert all("attach to 'known' by name" in line for line in said[:5]), said
+    assert said[5:] == ["4", "0 4"]
 
 
 def test_a_lens_by_name_cannot_name_requests(published: expert_lens.Lens) -> None:
@@ -279,21 +372,25 @@ def test_a_notebook_that_ran_without_a_browser_keeps_the_last_picture() -> None:
     cells = [
         "from publishing import make_writer, publish\nimport expert_lens\nwriter = make_writer('shown')\n"
         "lens = expert_lens.attach('shown')\nlens",
-        "publish(writer, [(1, 'a', range(9))], {'a': 9})\nwhile lens.tokens_seen() < 9: pass",
+        "publish(writer, [(1, 'a', range(9))], {'a': 9})\nwhile lens.tokens_seen() < 9: pass\nlens",
+        "publish(writer, [(1, 'a', range(9, 20))], {'a': 9})\nlens.close()",
         "import base64\nfrom expert_lens.widgets import Heatmap\n"
         "print(base64.b64encode(Heatmap(lens).picture).decode())",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(Path(__file__).parent)}}).execute()
-    pictures = [output.data["image/png"] for output in notebook.cells[0].outputs if "image/png" in output.data]
-    now = notebook.cells[2].outputs[0].text
+    shown = [output for cell in notebook.cells[:2] for output in cell.outputs]
+    pictures = [output.data["image/png"] for output in shown if "image/png" in output.data]
+    now = notebook.cells[-1].outputs[0].text
 
     def pixels(picture: str) -> bytes:
         """What follows the mark of whose picture it is."""
         png = base64.b64decode(picture)
         return png[png.index(b"PLTE") :]
 
-    assert [pixels(picture) for picture in pictures] == [pixels(now)]
+    assert [pixels(picture) for picture in pictures] == [pixels(now)] * 2
+    views = {output.data[VIEW]["model_id"] for output in shown if VIEW in output.data}
+    assert len(views) == 1, "every cell shows the one heatmap of the lens"
 
 
 def test_a_lens_that_nobody_holds_detaches(demo: tuple[Any, Any]) -> None:

@@ -133,6 +133,31 @@ def test_a_killed_recorder_has_a_successor_without_gap_or_duplicate(tmp_path: Pa
     writer.close()
 
 
+ENDING = """
+import sys
+import expert_lens
+from expert_lens import recording
+from publishing import make_writer, publish
+
+folder, how = sys.argv[1:]
+recording.PART_SECONDS = 60.0
+writer = make_writer("served")
+lens = expert_lens.attach("served", lossless=True)
+running = lens.record(folder)
+publish(writer, [(1, "a", range(50))])
+if how == "an exception":
+    raise SystemExit("over")
+"""
+
+
+@pytest.mark.parametrize("how", ["the last line", "an exception"])
+def test_a_script_that_ends_without_closing_loses_nothing(tmp_path: Path, how: str) -> None:
+    with start(ENDING, str(tmp_path / "run"), how) as process:
+        pass
+    assert process.returncode == (how == "an exception")
+    check(tmp_path / "run", {"a": range(50)})
+
+
 PUBLISHER = """
 import sys
 from publishing import make_writer, publish

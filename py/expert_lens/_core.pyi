@@ -77,7 +77,7 @@ class Writer:
     """The publishing end of one arena: one for a process, used by one thread at a time.
 
     Raises CaptureInUseError, ArenaSpaceError, ArenaPermissionError when the arena cannot be created, and
-    ValueError for facts outside the layout's limits.
+    OptionError for a name, facts or options outside the layout's limits.
     """
 
     def __new__(
@@ -100,7 +100,7 @@ class Writer:
     def set_batch(self, spans: Sequence[Span]) -> None:
         """State whose rows the next steps hold, until the next call.
 
-        Raises ValueError when spans overlap, or when an id is longer than 255 bytes.
+        Raises OptionError when spans overlap, or when an id is longer than 255 bytes.
         """
 
     def publish(
@@ -181,7 +181,7 @@ class Collector:
         """Read everything that was reserved before this call; False if not all of it landed within timeout seconds."""
 
     def counts(self, phase: Phase | None = None, last: int | None = None) -> npt.NDArray[np.uint64]:
-        """Counts [L, E] of all rows or of the last `last`; ValueError if last is 0 or exceeds the history."""
+        """Counts [L, E] of all rows or of the last `last`; OptionError if last is 0 or exceeds the history."""
 
     def requests(self) -> RequestColumns: ...
     def rows(self, request: str) -> RequestRows | None:

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         status: int = options.run(options)
-    except ExpertLensError as error:
+    except (ExpertLensError, OSError) as error:
         print(f"expert-lens: {error}", file=sys.stderr)
         return 1
     return status

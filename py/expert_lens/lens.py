@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
+import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -23,7 +25,14 @@ from expert_lens.errors import (
     UnknownRequestError,
     UnsupportedModelError,
 )
-from expert_lens.options import parse_bytes
+from expert_lens.options import (
+    check_capture_name,
+    check_count,
+    check_flag,
+    check_folder_path,
+    check_seconds,
+    parse_bytes,
+)
 from expert_lens.types import CaptureFacts, ModelFacts, Phase, RequestRows, Stats
 
 if TYPE_CHECKING:
@@ -31,6 +40,7 @@ if TYPE_CHECKING:
 
     from expert_lens.recording import Recording
     from expert_lens.trace import Columns
+    from expert_lens.widgets import Heatmap
 
 __all__ = ["Lens", "attach", "captures"]
 
@@ -107,13 +117,18 @@ def attach(
     name, CaptureInUseError for a name that is taken, ArenaSpaceError when the arena does not fit, OptionError for an
     option that cannot be used.
     """
-    where = None if directory is None else os.fspath(directory)
+    where = None if directory is None else check_folder_path("directory", directory)
     memory_bytes, arena_bytes = parse_bytes("memory", memory), parse_bytes("arena", arena)
     if on_full not in ("drop", "wait"):
         raise OptionError(f"on_full is {on_full!r}; give 'drop' or 'wait'.")
-    if isinstance(history, bool) or not isinstance(history, int) or history < 1:
-        raise OptionError(f"history is {history!r}; give the number of rows to keep for counts(last=...), at least 1.")
+    history = check_count("history", history, "the number of rows to keep for counts(last=...)")
+    wait_timeout = check_seconds("wait_timeout", wait_timeout)
+    weights = check_flag("weights", weights)
+    lossless = None if lossless is None else check_flag("lossless", lossless)
+    if name is not None:
+        check_capture_name(name)
     if isinstance(engine, str):
+        check_capture_name(engine)
         defaults = {"name": None, "arena": "256MiB", "on_full": "drop", "wait_timeout": 1.0, "weights": False}
         given = {"name": name, "arena": arena, "on_full": on_full, "wait_timeout": wait_timeout, "weights": weights}
         ours = [option for option, value in given.items() if value != defaults[option]]
@@ -184,6 +199,9 @@ class Lens:
         self._facts = collector.facts
         self._recordings: list[Recording] = []
         self._closed = False
+        self._closing = threading.RLock()
+        self._heatmap: Heatmap | None = None
+        """What shows this lens in a notebook, in as many cells as display it, and goes on showing a closed one."""
         self._told_error: Exception | None = None
         self._pieces: dict[int, str] = {}
 
@@ -230,13 +248,9 @@ class Lens:
         """
         if phase not in (None, "prefill", "decode"):
             raise OptionError(f"phase is {phase!r}; give 'prefill', 'decode', or None for both.")
-        if last is not None and (isinstance(last, bool) or not isinstance(last, int | np.integer) or last < 1):
-            raise OptionError(f"last is {last!r}; give a number of tokens, at least 1, or None for all.")
+        newest = None if last is None else check_count("last", last, "None for all tokens, or a number of them")
         self._look()
-        try:
-            return self._collector.counts(phase, None if last is None else int(last))
-        except ValueError as error:
-            raise OptionError(str(error)) from None
+        return self._collector.counts(phase, newest)
 
     def requests(self) -> pl.DataFrame:
         """The requests that are held, in the order of their coming.
@@ -395,21 +409,16 @@ class Lens:
         What was collected can still be asked for; its memory is freed with the lens. Raises RecordingError if a
         recording failed.
         """
-        if self._closed:
-            return
-        errors: list[Exception] = []
-        if self._tap is not None:
-            self._tap.close()
-        for recording in self._recordings:
-            try:
-                recording.close()
-            except ExpertLensError as error:
-                errors.append(error)
-        self._look()
-        self._closed = True
-        self._collector.close()
-        if errors:
-            raise errors[0]
+        with self._closing, contextlib.ExitStack() as steps:
+            if self._closed:
+                return
+            # In reverse order, each of them even if one before has raised.
+            steps.callback(self._end)
+            steps.callback(self._look)
+            for recording in reversed(self._recordings):
+                steps.callback(recording.close)
+            if self._tap is not None:
+                steps.callback(self._tap.close)
 
     def __enter__(self) -> Lens:
         return self
@@ -432,9 +441,15 @@ class Lens:
     def _ipython_display_(self, **options: Any) -> None:
         from expert_lens.widgets import Heatmap
 
-        Heatmap(self)._ipython_display_(**options)
+        if self._heatmap is None:
+            self._heatmap = Heatmap(self)
+        self._heatmap._ipython_display_(**options)
 
     # ---- inside ----
+
+    def _end(self) -> None:
+        self._closed = True
+        self._collector.close()
 
     @property
     def _error(self) -> Exception | None:
@@ -522,4 +537,4 @@ def _join(parts: list[RequestRows], facts: ModelFacts) -> Columns:
 
 
 def _found(directory: str | os.PathLike[str] | None) -> list[CaptureFacts]:
-    return _core.captures(None if directory is None else os.fspath(directory))
+    return _core.captures(None if directory is None else check_folder_path("directory", directory))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
+import time
+import warnings
+import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
@@ -23,6 +27,10 @@ PART_ROWS = 1 << 17
 """Rows of a full part."""
 PART_SECONDS = 5.0
 """Longest time that rows wait for their part to fill."""
+EXIT_SECONDS = 10.0
+"""Longest time that an interpreter that ends waits for its recordings."""
+
+_running: weakref.WeakSet[Recording] = weakref.WeakSet()
 
 
 class Recording:
@@ -52,8 +60,9 @@ class Recording:
         except BaseException:
             self._stream.close()
             raise
-        # A daemon: an interpreter that ends must not wait for a capture that does not. What is then not durable is
-        # still the publisher's, or gone with it; `close` loses nothing.
+        # A daemon: an interpreter that ends must not wait for a capture that does not. `_close_running` asks the
+        # thread to write what there is by then.
+        _running.add(self)
         self._thread = threading.Thread(target=self._run, name="expert-lens-recording", daemon=True)
         self._thread.start()
 
@@ -127,6 +136,7 @@ class Recording:
             self._state = "failed"
         finally:
             self._stream.close()
+            _running.discard(self)
 
     def _write(self, block: RowBlock) -> None:
         """Make a block durable, also one without rows: its part says which records are done."""
@@ -143,6 +153,25 @@ class Recording:
         self._bytes += path.stat().st_size
         self._unattributed += block["unattributed"]
         self._corrupt += block["corrupt"]
+
+
+@atexit.register
+def _close_running() -> None:
+    """Make what is published by now durable: a script that ends without `close` loses nothing either."""
+    deadline = time.monotonic() + EXIT_SECONDS
+    left = list(_running)
+    for recording in left:
+        recording._stream.stop()
+    for recording in left:
+        recording._thread.join(max(0.0, deadline - time.monotonic()))
+        stats = recording.stats
+        if recording._thread.is_alive() or stats["error"] is not None:
+            warnings.warn(
+                f"The recording to {recording.folder} did not end: {stats['tokens']} rows are durable, later ones are "
+                f"not. {stats['error'] or f'It was still writing after {EXIT_SECONDS:.0f} s.'}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def _durable(infos: list[trace.PartInfo]) -> list[tuple[int, int, int, int, int]]:

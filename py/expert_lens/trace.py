@@ -19,6 +19,7 @@ import polars as pl
 
 from expert_lens._core import MISSING, NO_TOKEN
 from expert_lens.errors import OptionError
+from expert_lens.options import check_folder_path
 from expert_lens.types import ArenaKey, ModelFacts, RowBlock
 
 __all__ = ["METADATA_KEY", "PHASES", "PartInfo", "frame", "part_infos", "scan", "source_name", "write_part"]
@@ -130,9 +131,12 @@ def check_folder(folder: str | os.PathLike[str], facts: ModelFacts | None = None
     Raises OptionError if something else stands there, or, given `facts`, if it holds the trace of a model of another
     shape: they could not be scanned together.
     """
-    path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise OptionError(f"Cannot write a trace to {path}: it is not a folder. Name a folder; parts are files in it.")
+    path = Path(check_folder_path("folder", folder))
+    there = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise OptionError(
+            f"Cannot write a trace to {path}: {there} is not a folder. Name a folder; parts are files in it."
+        )
     if facts is not None:
         for info in part_infos(path):
             if _shape(info["model"]) != _shape(facts):

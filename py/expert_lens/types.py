@@ -96,6 +96,8 @@ class CollectorStats(TypedDict):
     """Rows that the publishers dropped for want of room since this reader came."""
     lost_tokens: int
     """Rows that were overwritten before they were read: only where the reader is not lossless."""
+    lost_ends: int
+    """Ends of requests that the publishers gave up for want of room: those requests stay running."""
     unattributed_tokens: int
     """Rows of no request (beam search, say): counted, not kept."""
     unkept_tokens: int

@@ -142,6 +142,21 @@ def test_a_cancelled_request_is_aborted(attach: Attach, model: Any) -> None:
     assert capture.tap.error is None
 
 
+def test_an_id_that_no_record_could_hold_becomes_one_that_it_can(attach: Attach, model: Any) -> None:
+    capture = attach(model)
+    long = ["ä" * 300 + "1", "ä" * 300 + "2", "\ud800"]
+    with model.continuous_batching_context_manager(continuous_batching_config=small_batches()) as manager:
+        for request in long:
+            manager.add_request([5, 6, 7], max_new_tokens=3, request_id=request)
+            next(iter(manager.request_id_iter(request)))
+    assert capture.tap.error is None
+    known = list(capture.requests())
+    assert len(set(known)) == 3
+    assert all(len(request.encode()) <= 200 for request in known)
+    assert known[0].startswith("ä" * 90)
+    assert {request["missing"] for request in capture.requests().values()} == {0}
+
+
 def test_continuous_batching_can_be_named(attach: Attach, model: Any) -> None:
     capture = attach(model)
     with capture.tap.request("run"):

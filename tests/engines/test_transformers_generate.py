@@ -315,8 +315,8 @@ def test_classifier_free_guidance_leaves_the_requests_rows_alone(
     np.testing.assert_array_equal(capture.experts("0.0"), oracle.replayed(model, tokens))
 
 
-@pytest.mark.parametrize("name", ["", "0.3", "x" * 201])
-def test_a_name_that_cannot_be_told_from_a_made_one_is_refused(name: str, attach: Attach, model: Any) -> None:
+@pytest.mark.parametrize("name", ["", "0.3", "x" * 201, "\ud800", 5, None])
+def test_a_name_that_cannot_be_told_from_a_made_one_is_refused(name: Any, attach: Attach, model: Any) -> None:
     capture = attach(model)
     with pytest.raises(OptionError, match="cannot be named"), capture.tap.request(name):
         pass

@@ -42,7 +42,7 @@ impl Publisher {
     pub fn create(directory: &Path, capture: &str, bytes: usize, facts: &Facts, on_full: OnFull) -> Result<Self> {
         check_name(capture)?;
         if bytes < MIN_ARENA_BYTES {
-            return Err(Error::invalid(format!("an arena of {bytes} bytes, and the least is {MIN_ARENA_BYTES}")));
+            return Err(Error::invalid(format!("an arena of {bytes} bytes; give it {MIN_ARENA_BYTES} or more")));
         }
         let root = private_folder(directory)?;
         // Held until the arena stands: two processes that create at once must not both find the name free.
@@ -125,6 +125,8 @@ fn make(folder: &OwnedFd, path: &Path, bytes: usize, facts: &Facts) -> Result<(M
         if let Err(error) = retry_on_intr(|| sys::fallocate(&file, sys::FallocateFlags::empty(), 0, bytes)) {
             return Err(match error {
                 Errno::NOSPC | Errno::NOMEM | Errno::FBIG | Errno::DQUOT => {
+                    // What was reserved before the space ran out is free again for the next arena.
+                    let _ = sys::ftruncate(&file, 0);
                     let free = sys::fstatvfs(folder).map_or(0, |stat| stat.f_bavail * stat.f_frsize);
                     let dir = path.parent().unwrap_or(path).to_owned();
                     Error::NoSpace { needed: bytes, free, dir }

@@ -35,8 +35,8 @@ pub enum Error {
 
     /// The file system cannot hold the arena.
     #[error(
-        "no room for an arena of {needed} bytes in {}: {free} bytes are free; ask for a smaller arena (arena_bytes), \
-         give the container more shared memory (docker: --shm-size), or point EXPERT_LENS_DIR to a larger tmpfs",
+        "no room for an arena of {needed} bytes in {}: {free} bytes are free; ask for a smaller arena, give \
+         the container more shared memory (docker: --shm-size), or point EXPERT_LENS_DIR to a larger tmpfs",
         .dir.display()
     )]
     NoSpace {

@@ -84,7 +84,7 @@ fn facts_and_sizes_outside_the_limits_are_refused_and_leave_nothing() {
         assert!(matches!(error, Error::Invalid { .. }) && error.to_string().contains(words), "{error}");
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
     };
-    refuse(&facts(8, false), 1000, "the least is 65536");
+    refuse(&facts(8, false), 1000, "give it 65536 or more");
     refuse(&Facts { layers: vec![], ..facts(8, false) }, SIZE, "0 routed layers");
     refuse(&Facts { layers: vec![0; 513], ..facts(8, false) }, SIZE, "513 routed layers");
     refuse(&facts(0, false), SIZE, "0 experts");
@@ -116,7 +116,7 @@ fn too_large_an_arena_is_an_error_that_says_what_to_do() {
     assert_eq!(*needed, 1 << 50);
     assert!(*free > 0);
     let message = error.to_string();
-    for part in [&needed.to_string(), &free.to_string(), "arena_bytes", "--shm-size", "EXPERT_LENS_DIR"] {
+    for part in [&needed.to_string(), &free.to_string(), "a smaller arena", "--shm-size", "EXPERT_LENS_DIR"] {
         assert!(message.contains(part), "{message}");
     }
     assert!(matches!(refusal(create(root.path(), "a", usize::MAX)), Error::NoSpace { .. }));

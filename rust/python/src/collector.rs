@@ -1,7 +1,7 @@
 //! `_core.Collector`: counts and rows of a running capture; and the list of captures.
 
 use crate::errors::to_python;
-use crate::{convert, directory_or_default, phase_of, seconds};
+use crate::{check_process, convert, directory_or_default, phase_of, seconds};
 use expert_lens_arena::collector::{self, ArenaId, Options, Pace, State};
 use expert_lens_arena::{Facts, Header, Mode, is_alive, list};
 use numpy::{PyArray1, PyArrayMethods};
@@ -15,6 +15,14 @@ pub struct Collector {
     inner: collector::Collector,
     facts: Facts,
     capture: String,
+    pid: u32,
+}
+
+impl Collector {
+    fn inner(&self) -> PyResult<&collector::Collector> {
+        check_process(self.pid, &self.capture)?;
+        Ok(&self.inner)
+    }
 }
 
 #[pymethods]
@@ -39,7 +47,7 @@ impl Collector {
         };
         let inner = py.detach(|| collector::Collector::open(capture, options)).map_err(to_python)?;
         let facts = inner.facts().clone();
-        Ok(Self { inner, facts, capture: capture.to_owned() })
+        Ok(Self { inner, facts, capture: capture.to_owned(), pid: std::process::id() })
     }
 
     #[getter]
@@ -54,20 +62,20 @@ impl Collector {
 
     #[pyo3(signature = (timeout=1.0))]
     fn sync(&self, py: Python<'_>, timeout: f64) -> PyResult<bool> {
-        let (inner, timeout) = (&self.inner, seconds("timeout", timeout)?);
+        let (inner, timeout) = (self.inner()?, seconds("timeout", timeout)?);
         Ok(py.detach(|| inner.sync(timeout)))
     }
 
     #[pyo3(signature = (phase=None, last=None))]
     fn counts<'py>(&self, py: Python<'py>, phase: Option<&str>, last: Option<u64>) -> PyResult<Bound<'py, PyAny>> {
-        let (inner, phase) = (&self.inner, phase.map(phase_of).transpose()?);
+        let (inner, phase) = (self.inner()?, phase.map(phase_of).transpose()?);
         let counts = py.detach(|| inner.counts(phase, last)).map_err(to_python)?;
         let shape = [self.facts.layers.len(), self.facts.num_experts as usize];
         Ok(PyArray1::from_vec(py, counts).reshape(shape)?.into_any())
     }
 
     fn requests<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let inner = &self.inner;
+        let inner = self.inner()?;
         let requests = py.detach(|| inner.requests());
         let state = |state| match state {
             State::Running => "running",
@@ -85,7 +93,7 @@ impl Collector {
     }
 
     fn rows<'py>(&self, py: Python<'py>, request: &str) -> PyResult<Option<Bound<'py, PyDict>>> {
-        let inner = &self.inner;
+        let inner = self.inner()?;
         let Some(rows) = py.detach(|| inner.rows(request)) else {
             return Ok(None);
         };
@@ -99,12 +107,12 @@ impl Collector {
         Ok(Some(dict))
     }
 
-    fn was_evicted(&self, request: &str) -> bool {
-        self.inner.was_evicted(request)
+    fn was_evicted(&self, request: &str) -> PyResult<bool> {
+        Ok(self.inner()?.was_evicted(request))
     }
 
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let inner = &self.inner;
+        let inner = self.inner()?;
         let stats = py.detach(|| inner.stats());
         let dict = PyDict::new(py);
         dict.set_item("state", if stats.ended { "ended" } else { "running" })?;
@@ -125,9 +133,9 @@ impl Collector {
         Ok(dict)
     }
 
-    fn arenas(&self) -> Vec<(u32, u32, u64, u64)> {
+    fn arenas(&self) -> PyResult<Vec<(u32, u32, u64, u64)>> {
         let key = |id: ArenaId| (id.rank, id.producer.pid, id.producer.start_time, id.created_ns);
-        self.inner.arenas().into_iter().map(key).collect()
+        Ok(self.inner()?.arenas().into_iter().map(key).collect())
     }
 
     fn close(&self, py: Python<'_>) {

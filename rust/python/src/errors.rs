@@ -1,9 +1,12 @@
 //! Errors of the arena crate as Python exceptions: one base class, one subclass a cause.
 
 use expert_lens_arena::Error;
-use pyo3::create_exception;
-use pyo3::exceptions::{PyException, PyOSError, PyValueError};
+use pyo3::exceptions::{PyException, PyOSError};
 use pyo3::prelude::*;
+use pyo3::{create_exception, import_exception};
+
+// Two base classes, which create_exception! cannot give.
+import_exception!(expert_lens.errors, OptionError);
 
 create_exception!(expert_lens._core, ExpertLensError, PyException, "Base class of every error of expert_lens.");
 create_exception!(expert_lens._core, ArenaError, ExpertLensError, "Something about an arena is not as it must be.");
@@ -26,7 +29,7 @@ pub fn to_python(error: Error) -> PyErr {
         Error::Corrupt { .. } => ArenaCorruptError::new_err(message),
         Error::Permission { .. } => ArenaPermissionError::new_err(message),
         Error::ReadersFull { .. } => ReaderTableFullError::new_err(message),
-        Error::Invalid { .. } => PyValueError::new_err(message),
+        Error::Invalid { .. } => OptionError::new_err(message),
         Error::Io { .. } => PyOSError::new_err(message),
         _ => ArenaError::new_err(message),
     }

@@ -41,20 +41,29 @@ fn phase_of(name: &str) -> PyResult<expert_lens_arena::Phase> {
     match name {
         "prefill" => Ok(expert_lens_arena::Phase::Prefill),
         "decode" => Ok(expert_lens_arena::Phase::Decode),
-        other => {
-            Err(pyo3::exceptions::PyValueError::new_err(format!("phase is '{other}'; it is 'prefill' or 'decode'")))
-        }
+        other => Err(errors::OptionError::new_err(format!("phase is '{other}'; it is 'prefill' or 'decode'"))),
     }
 }
 
 /// A duration from a number of seconds given by a user.
 fn seconds(name: &str, value: f64) -> PyResult<std::time::Duration> {
-    std::time::Duration::try_from_secs_f64(value).map_err(|_| {
-        pyo3::exceptions::PyValueError::new_err(format!("{name} is {value} seconds; it cannot be negative"))
-    })
+    std::time::Duration::try_from_secs_f64(value)
+        .map_err(|_| errors::OptionError::new_err(format!("{name} is {value}; give a number of seconds, at least 0")))
 }
 
 /// The folder of the captures: the one given, or the default.
 fn directory_or_default(directory: Option<std::path::PathBuf>) -> std::path::PathBuf {
     directory.unwrap_or_else(expert_lens_arena::default_directory)
+}
+
+/// An error in a fork of the process that made a reader: its thread is not there, and may have held a lock.
+fn check_process(pid: u32, capture: &str) -> PyResult<()> {
+    let here = std::process::id();
+    if here == pid {
+        return Ok(());
+    }
+    Err(errors::ExpertLensError::new_err(format!(
+        "this reader of capture '{capture}' belongs to process {pid}, and this is its fork {here}; attach to \
+         '{capture}' by name here"
+    )))
 }

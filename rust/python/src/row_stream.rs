@@ -1,7 +1,7 @@
 //! `_core.RowStream`: rows in the order of their records, for a recorder.
 
 use crate::errors::to_python;
-use crate::{convert, directory_or_default, seconds};
+use crate::{check_process, convert, directory_or_default, seconds};
 use expert_lens_arena::collector::{self, ArenaId, RecordRange};
 use expert_lens_arena::{End, Error, Facts, Outcome, Producer};
 use numpy::PyArray1;
@@ -20,6 +20,7 @@ pub struct RowStream {
     stop: Arc<AtomicBool>,
     facts: Facts,
     capture: String,
+    pid: u32,
 }
 
 /// (rank, pid, start time, created, record).
@@ -31,6 +32,7 @@ impl RowStream {
         py: Python<'_>,
         ask: impl FnOnce(&mut collector::RowStream) -> Result<T, Error> + Send,
     ) -> PyResult<T> {
+        check_process(self.pid, &self.capture)?;
         let answer = py.detach(|| {
             let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
             stream.as_mut().map(ask)
@@ -57,7 +59,7 @@ impl RowStream {
         let stream = py.detach(|| collector::RowStream::open(directory, capture, &resume)).map_err(to_python)?;
         let facts = stream.facts().clone();
         let stop = stream.stop_flag();
-        Ok(Self { stream: Mutex::new(Some(stream)), stop, facts, capture: capture.to_owned() })
+        Ok(Self { stream: Mutex::new(Some(stream)), stop, facts, capture: capture.to_owned(), pid: std::process::id() })
     }
 
     fn take<'py>(&self, py: Python<'py>, rows: usize, timeout: f64) -> PyResult<Bound<'py, PyDict>> {
@@ -117,6 +119,9 @@ impl RowStream {
     }
 
     fn close(&self, py: Python<'_>) {
+        if std::process::id() != self.pid {
+            return; // the entry is the parent's, and its thread may have held the lock
+        }
         py.detach(|| *self.stream.lock().unwrap_or_else(PoisonError::into_inner) = None);
     }
 }

@@ -1,6 +1,6 @@
 //! `_core.Writer`: the publishing end.
 
-use crate::errors::to_python;
+use crate::errors::{OptionError, to_python};
 use crate::{directory_or_default, phase_of, seconds};
 use expert_lens_arena::{End, Facts, OnFull, Outcome, Publisher, Rows, Span};
 use half::f16;
@@ -81,7 +81,7 @@ impl Writer {
             "drop" => OnFull::Drop,
             "wait" => OnFull::Wait(seconds("wait_timeout", wait_timeout)?),
             other => {
-                return Err(PyValueError::new_err(format!("on_full is '{other}'; it is 'drop' or 'wait'")));
+                return Err(OptionError::new_err(format!("on_full is '{other}'; it is 'drop' or 'wait'")));
             }
         };
         let facts = Facts {
@@ -211,7 +211,7 @@ impl Writer {
             "finished" => Outcome::Finished,
             "aborted" => Outcome::Aborted,
             other => {
-                return Err(PyValueError::new_err(format!("state is '{other}'; it is 'finished' or 'aborted'")));
+                return Err(OptionError::new_err(format!("state is '{other}'; it is 'finished' or 'aborted'")));
             }
         };
         self.open()?.finish(&End { number, request, num_positions, outcome }).map_err(to_python)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from collections import OrderedDict
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["RequestNames", "Sequences", "join_rows", "next_number", "real_tokens"]
 
 MAX_NAME_BYTES = 200
+HASH_DIGITS = 16
+"""Of the hash that stands for the rest of an id that is too long."""
 MAX_REMEMBERED_NAMES = 65536
 """Names whose use is remembered, so that a name used again gets `#2`; the oldest are forgotten."""
 
@@ -50,10 +53,10 @@ class RequestNames:
 
         Raises OptionError for a name that is empty, too long, or looks like one that is made.
         """
-        if not name or len(name.encode()) > MAX_NAME_BYTES or re.fullmatch(r"\d+\.\d+", name):
+        if not _can_name(name):
             raise OptionError(
-                f"a request cannot be named {name!r}: a name has 1 to {MAX_NAME_BYTES} bytes of UTF-8 and is not of "
-                "the form '0.3', which is made for requests without a name."
+                f"a request cannot be named {name!r}: a name is text of 1 to {MAX_NAME_BYTES} bytes in UTF-8, and "
+                "not of the form '0.3', which is made for requests without a name."
             )
         token = _current_names.set({**(_current_names.get() or {}), id(self): name})
         try:
@@ -77,7 +80,11 @@ class RequestNames:
         return [self.unique(f"{name}.{row}") for row in range(num_rows)]
 
     def unique(self, name: str) -> str:
-        """This id, or with `#2`, `#3`, ... appended if a request has it: no two requests may be taken for one."""
+        """This id, or with `#2`, `#3`, ... appended if a request has it: no two requests may be taken for one.
+
+        An id of an engine that no record could hold becomes one that it can, see `_storable`.
+        """
+        name = _storable(name)
         counter = self._uses.setdefault(name, itertools.count(1))
         request = name
         if (uses := next(counter)) > 1:
@@ -89,6 +96,20 @@ class RequestNames:
         while len(self._uses) > MAX_REMEMBERED_NAMES:
             self._uses.popitem(last=False)
         return request
+
+
+def _can_name(name: object) -> bool:
+    return isinstance(name, str) and name == _storable(name) and bool(name) and not re.fullmatch(r"\d+\.\d+", name)
+
+
+def _storable(request: str) -> str:
+    """The id itself, or, if it is longer than MAX_NAME_BYTES or no valid Unicode, its beginning and its hash."""
+    written = request.encode(errors="surrogatepass")
+    if len(written) <= MAX_NAME_BYTES and not any("\ud800" <= char <= "\udfff" for char in request):
+        return request
+    digest = hashlib.sha256(written).hexdigest()[:HASH_DIGITS]
+    beginning = written[: MAX_NAME_BYTES - HASH_DIGITS - 1].decode(errors="ignore")
+    return f"{beginning}~{digest}"
 
 
 def real_tokens(mask: Any, past: int, width: int) -> tuple[npt.NDArray[np.int64] | None, Mask | None] | None:
