@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 import expert_lens
+from children import start
 from expert_lens import cli
 from publishing import make_writer, publish
 
@@ -35,6 +36,32 @@ def test_an_unknown_capture_is_said_on_stderr_and_in_the_status(
 ) -> None:
     assert cli.main(["record", "nobody", str(tmp_path / "run")]) == 1
     assert "nobody" in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal
+from publishing import make_writer, publish
+writer = make_writer("killed")
+publish(writer, [(1, "a", range(3))])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_clean_removes_what_dead_processes_left_and_nothing_else(
+    captures_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["clean"]) == 0
+    with start(KILLED):
+        pass
+    writer = make_writer("served")
+    assert {path.name for path in captures_directory.iterdir()} == {"killed", "served"}
+    assert cli.main(["clean"]) == 0
+    assert capsys.readouterr().out == "0 removed\n1 removed\n"
+    assert [path.name for path in captures_directory.iterdir()] == ["served"]
+    publish(writer, [(1, "a", range(3))])
+    with expert_lens.attach("served") as lens:
+        assert lens.counts().sum() == 3 * 5 * 3
+    writer.close()
 
 
 @pytest.mark.parametrize(

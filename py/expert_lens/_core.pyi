@@ -37,6 +37,7 @@ __all__ = [
     "Writer",
     "__version__",
     "captures",
+    "clean",
     "default_directory",
 ]
 
@@ -238,6 +239,9 @@ class RowStream:
 
 def captures(directory: str | None = None) -> list[CaptureFacts]:
     """The arenas of this user, those of dead processes included."""
+
+def clean(directory: str | None = None) -> int:
+    """Remove the captures whose processes all died, and give how many; what they published is gone with them."""
 
 def default_directory() -> str:
     """$EXPERT_LENS_DIR, or /dev/shm/expert-lens-<uid>."""

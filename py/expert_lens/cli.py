@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record.add_argument("name", help="the capture's name")
     record.add_argument("folder", help="where the part files go; a folder used before is gone on with")
     record.set_defaults(run=lambda options: record_capture(options.name, options.folder, options.directory))
+    clean = commands.add_parser("clean", help="remove what captures of dead processes take of the shared memory")
+    clean.set_defaults(run=lambda options: clean_captures(options.directory))
     options = parser.parse_args(arguments)
     try:
         status: int = options.run(options)
@@ -51,6 +53,12 @@ def show_captures(directory: str | None) -> int:
             f"{facts['engine_version']}), {len(facts['layers'])} layers x {facts['num_experts']} experts, "
             f"top-{facts['top_k']}\t{facts['arena_bytes'] >> 20} MiB"
         )
+    return 0
+
+
+def clean_captures(directory: str | None) -> int:
+    """Remove the captures of dead processes; those of live ones stay."""
+    print(f"{_core.clean(directory)} removed")
     return 0
 
 

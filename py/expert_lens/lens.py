@@ -481,7 +481,12 @@ class Lens:
             raise self._unknown(request)
         return rows
 
-    def _unknown(self, request: str) -> UnknownRequestError:
+    def _unknown(self, request: str) -> ExpertLensError:
+        if request in self._collector.requests()["request"]:
+            return MissingRowsError(
+                f"Request {request!r} of capture {self.name!r} lacks so many rows that to fill them up would take more "
+                f"than the {self._memory_bytes} bytes of this lens. Attach with more memory, or record to files."
+            )
         if self._collector.was_evicted(request):
             return UnknownRequestError(
                 f"Request {request!r} of capture {self.name!r} had to make room for newer ones: this lens keeps "

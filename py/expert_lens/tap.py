@@ -199,8 +199,9 @@ class Tap:
     def _check(self, step: Step, wide: torch.Tensor, num_rows: int) -> None:
         """Refuse ids of another shape than [num_rows, K], and ids that are no expert's.
 
-        Where the packed type shows every id past the last expert, the reader refuses those, so that one look at the
-        first step is enough here; where 256 or 65536 experts fill the type, it would show them as others.
+        Ids are places in the router's E logits, so the first step tells whether the layers give such. Later on the
+        reader refuses what the packed type can show past the last expert; where 256 or 65536 experts fill the type it
+        can show nothing of that, and every step is looked at here.
         """
         if wide.shape[-1] != len(self.layers) * self.top_k or wide.numel() != num_rows * wide.shape[-1]:
             ids = step.experts[0]

@@ -7,6 +7,7 @@ number of ranks, runs and machines can lie in one folder. `docs/trace_format.md`
 
 import json
 import os
+import secrets
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -302,5 +303,5 @@ def _void_rows_removed(keys: pl.LazyFrame, infos: Iterable[PartInfo]) -> pl.Lazy
 
 
 def timestamp() -> str:
-    """The time now, for a part's name: sorts as text, and no two are the same."""
-    return datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+    """The time now and something random, for a part's name: sorts as text, and no two are the same."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{secrets.token_hex(4)}"

@@ -151,6 +151,21 @@ pub(crate) fn remove_dead(directory: &Path, kept: usize) -> usize {
     dead.iter().skip(kept).filter(|(_, folder)| std::fs::remove_dir_all(folder).is_ok()).count()
 }
 
+/// Remove every capture whose publishers all died; gives how many.
+///
+/// # Errors
+/// [`Error::Permission`] when the folder is not ours alone.
+pub fn clean(directory: &Path) -> Result<usize> {
+    if !directory.exists() {
+        return Ok(0);
+    }
+    let root = check_folder(directory)?;
+    // A capture that is being made is not taken for a dead one.
+    lock(&root, directory)?;
+    remove_unfinished(directory);
+    Ok(remove_dead(directory, 0))
+}
+
 /// Remove a publisher's own file at its end, and the folder if it was the last.
 pub(crate) fn remove_own(path: &Path, file: (u64, u64)) {
     let Some((folder, directory)) = path.parent().and_then(|folder| Some((folder, folder.parent()?))) else {

@@ -54,7 +54,7 @@ mod writer;
 
 pub use arena::{Publisher, open};
 pub use batch::{End, Outcome, Phase, Span};
-pub use captures::{Capture, default_directory, find, list};
+pub use captures::{Capture, clean, default_directory, find, list};
 pub use error::{Error, Result};
 pub use layout::{Facts, Header, LAYOUT_VERSION, MAX_EXPERTS, MAX_ID_BYTES, MAX_LAYERS, Producer};
 pub use memory::{Mapped, Memory};

@@ -159,6 +159,13 @@ pub fn captures(py: Python<'_>, directory: Option<PathBuf>) -> PyResult<Vec<Boun
     captures.iter().map(|found| header_to_python(py, &found.name, &found.header, found.bytes)).collect()
 }
 
+/// Remove what dead processes of this user left; gives how many captures.
+#[pyfunction]
+#[pyo3(signature = (directory=None))]
+pub fn clean(py: Python<'_>, directory: Option<PathBuf>) -> PyResult<usize> {
+    py.detach(|| expert_lens_arena::clean(&directory_or_default(directory))).map_err(to_python)
+}
+
 /// Where captures are.
 #[pyfunction]
 pub fn default_directory() -> String {

@@ -15,7 +15,7 @@ mod _core {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use crate::collector::{Collector, captures, default_directory};
+    use crate::collector::{Collector, captures, clean, default_directory};
     #[pymodule_export]
     use crate::errors::{
         ArenaCorruptError, ArenaError, ArenaPermissionError, ArenaSpaceError, ArenaVersionError, CaptureInUseError,
