@@ -1,7 +1,7 @@
 # Everything a person does here. `make demo` and `make test` need Python >= 3.11, Rust, and for the tests in a real
 # JupyterLab a Chromium (Debian: apt-get install chromium).
 .DEFAULT_GOAL := help
-.PHONY: help build demo lab test test-rust test-python lint format bench clean
+.PHONY: help build demo lab test test-rust test-python test-gpu wheel lint format bench clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -43,6 +43,15 @@ test-rust:
 
 test-python: build
 	python -m pytest
+
+wheel: build ## Build the wheel that test-gpu installs
+	rm -rf dist
+	maturin build --release -q -o dist
+
+test-gpu: ## Run the tests that need a GPU, from dist/*.whl: needs torch with CUDA, numpy and pytest, and no Rust
+	rm -rf build/gpu
+	$(PYTHON) -m pip install -q --no-deps --no-index --target build/gpu dist/*.whl
+	PYTHONPATH=build/gpu $(PYTHON) -m pytest tests/gpu
 
 lint: build ## What must be clean before a commit
 	cargo fmt --check

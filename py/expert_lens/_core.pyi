@@ -31,6 +31,7 @@ __all__ = [
     "CaptureInUseError",
     "CaptureNotFoundError",
     "Collector",
+    "CudaError",
     "ExpertLensError",
     "ReaderTableFullError",
     "RowStream",
@@ -69,6 +70,9 @@ class ArenaVersionError(ArenaError):
 
 class ArenaPermissionError(ArenaError):
     """The arena or its folder belongs to someone else or is open to others."""
+
+class CudaError(ExpertLensError):
+    """The CUDA driver refused a call, or is not there."""
 
 class ReaderTableFullError(ArenaError):
     """Every reader entry of the arena is taken."""
@@ -127,6 +131,26 @@ class Writer:
         Returns as `publish`. Raises ValueError when the last step had another number of rows, or an id is no expert's.
         """
 
+    def publish_device(
+        self,
+        experts: int,
+        positions: npt.NDArray[np.uint32],
+        *,
+        device: int,
+        stream: int,
+        token_ids: int | None = None,
+        weights: int | None = None,
+    ) -> bool:
+        """Publish one step that a CUDA device holds, on the raw stream that computed it; returns when that is enqueued.
+
+        experts: address of u8 or u16 [n, L, K] on the device, as in `publish`; positions [n]; token_ids: address of u32
+        [n]; weights: address of f16 [n, L, K] if the writer was made with weights. All C-contiguous, and left as they
+        are until the stream has come so far: memory that torch's allocator gave to that stream, also if it was freed
+        there since. The stream must not be in a capture.
+
+        Returns as `publish`. Raises CudaError when the driver refuses; nothing more is published then.
+        """
+
     def finish(
         self,
         number: int,
@@ -144,6 +168,10 @@ class Writer:
 
     @property
     def path(self) -> str: ...
+    @property
+    def publisher(self) -> Literal["host", "stream", "event"]:
+        """What publishes: this process's stores, or since a device did, its stream or an event of it."""
+
     @property
     def steps(self) -> int: ...
     @property

@@ -11,6 +11,7 @@ from expert_lens._core import (
     ArenaVersionError,
     CaptureInUseError,
     CaptureNotFoundError,
+    CudaError,
     ExpertLensError,
     ReaderTableFullError,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "ArenaVersionError",
     "CaptureInUseError",
     "CaptureNotFoundError",
+    "CudaError",
     "EngineHookError",
     "ExpertLensError",
     "MissingRowsError",

@@ -1,12 +1,13 @@
 //! An arena as a file: made and removed by the process that publishes, opened by those that read.
 
 use crate::captures::{self, check_name, lock, open_mapped, private_folder};
+use crate::cuda::{Pinned, Way};
 use crate::error::{Error, Result};
 use crate::layout::{Facts, Header, MIN_ARENA_BYTES, Producer, READERS, entry, reader_entry, word};
 use crate::memory::{Mapped, Memory};
 use crate::process;
 use crate::reader::{Mode, Reader};
-use crate::writer::{OnFull, Writer, now_ns};
+use crate::writer::{DeviceRows, OnFull, Published, Writer, now_ns};
 use rustix::fs::{self as sys, Mode as Permissions, OFlags};
 use rustix::io::{Errno, retry_on_intr};
 use std::ops::{Deref, DerefMut};
@@ -30,6 +31,9 @@ pub struct Publisher {
     /// Device and inode of the file: the path may be another publisher's by the time that this one ends.
     file: (u64, u64),
     pid: u32,
+    /// Once a device has published.
+    pinned: Option<Pinned>,
+    memory: Arc<Mapped>,
     keeper: Option<(Sender<()>, JoinHandle<()>)>,
 }
 
@@ -68,10 +72,38 @@ impl Publisher {
         captures::remove_dead(directory, KEPT_DEAD_CAPTURES);
         let memory = Arc::new(memory);
         let writer = Writer::new(Arc::clone(&memory), header, on_full);
-        let mut publisher = Self { writer, path, file, pid: std::process::id(), keeper: None };
+        let pid = std::process::id();
+        let mut publisher = Self { writer, path, file, pid, pinned: None, memory: Arc::clone(&memory), keeper: None };
         drop(root);
         publisher.keeper = Some(start_keeper(memory).map_err(|e| Error::io("start a thread for", &publisher.path, e))?);
         Ok(publisher)
+    }
+
+    /// Publish the rows of one forward that a device holds, on the raw stream that computed them. Returns once that is
+    /// enqueued; readers see the rows when the stream has come so far.
+    ///
+    /// The first call for a device pins the arena for it, which takes the time that its pages need.
+    ///
+    /// # Errors
+    /// Lengths that do not agree: nothing is published then. [`Error::Cuda`] when the driver refuses: nothing more is
+    /// published then, so the caller had better stop.
+    ///
+    /// # Safety
+    /// The addresses in `rows` are memory of that device, of the lengths that [`DeviceRows`] states, and what is there
+    /// stays until the stream has come to what is enqueued here; `stream` is a stream of that device, or 0, and is not
+    /// being captured.
+    pub unsafe fn publish_device(&mut self, rows: &DeviceRows<'_>, device: i32, stream: u64) -> Result<Published> {
+        if self.pinned.is_none() {
+            self.pinned = Some(Pinned::new(Arc::clone(&self.memory))?);
+        }
+        let pinned = self.pinned.as_mut().expect("made above");
+        self.writer.publish_device(rows, &mut pinned.landing(device, stream)?)
+    }
+
+    /// How the device that published last does it; None if none has.
+    #[must_use]
+    pub fn way(&self) -> Option<Way> {
+        self.pinned.as_ref().and_then(Pinned::way)
     }
 
     /// The arena's file.
@@ -100,8 +132,12 @@ impl Drop for Publisher {
     fn drop(&mut self) {
         // A forked child holds a copy of this value, and neither the file nor the thread are its own.
         if std::process::id() != self.pid {
-            std::mem::forget(self.keeper.take());
+            std::mem::forget((self.keeper.take(), self.pinned.take()));
             return;
+        }
+        if let Some(mut pinned) = self.pinned.take() {
+            // Before the end is told: whoever sees it may rely on every record before it.
+            pinned.settle(|| self.writer.all_landed());
         }
         self.writer.close();
         if let Some((stop, thread)) = self.keeper.take() {

@@ -93,6 +93,13 @@ pub enum Error {
         what: String,
     },
 
+    /// The CUDA driver said no, or is not there.
+    #[error("{what}")]
+    Cuda {
+        /// Which call, and the driver's answer.
+        what: String,
+    },
+
     /// The operating system said no.
     #[error("cannot {action} {}: {source}", .path.display())]
     Io {

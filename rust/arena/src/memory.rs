@@ -67,12 +67,17 @@ impl Mapped {
         Self(map)
     }
 
+    /// Where the mapping begins, for the driver to pin and for a device to write to. Not for accesses of our own.
+    pub(crate) fn address(&self) -> *mut std::ffi::c_void {
+        self.0.as_mut_ptr().cast()
+    }
+
     #[inline]
     fn words(&self) -> &[AtomicU64] {
         // SAFETY: `MmapRaw` keeps `len` bytes mapped, readable and writable, at a page-aligned address until it is dropped,
         // and the slice borrows it; `len / 8` words do not pass its end; any bit pattern is an AtomicU64. Nothing in this
-        // process reaches the mapping but through these atomics (`Mapped` gives the pointer to nobody), so no access
-        // of ours is a data race, whatever other processes or a GPU store meanwhile.
+        // process reaches the mapping but through these atomics (`address` is for the driver, which lets a GPU at it), so
+        // no access of ours is a data race, whatever other processes or a GPU store meanwhile.
         unsafe { std::slice::from_raw_parts(self.0.as_mut_ptr().cast::<AtomicU64>(), self.0.len() / 8) }
     }
 }

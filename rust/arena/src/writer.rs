@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use crate::layout::{Descriptor, Facts, Header, Kind, descriptor, entry, reader_entry, section, word};
 use crate::memory::Memory;
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -31,6 +32,61 @@ pub struct Rows<'a> {
     pub weights: Option<&'a [u16]>,
 }
 
+/// The rows of one forward whose experts a GPU holds; sections as in [`Rows`].
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceRows<'a> {
+    /// Address of the expert ids on the device.
+    pub experts: u64,
+    /// Token ids: on the device, on the host, or not known.
+    pub token_ids: Option<Source<'a>>,
+    /// Positions in the request [n].
+    pub positions: &'a [u32],
+    /// Address of the router weights on the device, if the arena was made for them.
+    pub weights: Option<u64>,
+}
+
+/// Where the bytes of a section are.
+#[derive(Clone, Copy, Debug)]
+pub enum Source<'a> {
+    /// In this process.
+    Host(&'a [u8]),
+    /// On a device: address and length in bytes.
+    Device(u64, usize),
+}
+
+impl Source<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::Host(bytes) => bytes.len(),
+            Self::Device(_, len) => *len,
+        }
+    }
+
+    fn slice(&self, range: Range<usize>) -> Self {
+        match self {
+            Self::Host(bytes) => Self::Host(&bytes[range]),
+            Self::Device(address, _) => Self::Device(address + range.start as u64, range.len()),
+        }
+    }
+}
+
+/// The sections of a step, wherever they are.
+#[derive(Clone, Copy)]
+struct Sections<'a> {
+    experts: Source<'a>,
+    token_ids: Option<Source<'a>>,
+    positions: &'a [u32],
+    weights: Option<Source<'a>>,
+}
+
+/// How sections of a device come into the arena, and how a record that has some is published: after they came.
+pub(crate) trait Landing {
+    /// Copy `len` bytes from a device's `address` to word `at`, some time from now.
+    fn copy(&mut self, at: usize, address: u64, len: usize) -> Result<()>;
+    /// Store `value` at word `at` with release, after the copies so far.
+    fn publish(&mut self, at: usize, value: u64) -> Result<()>;
+}
+
 /// What became of a step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Published {
@@ -38,6 +94,15 @@ pub struct Published {
     pub rows: usize,
     /// Rows that did not fit, and are counted as dropped.
     pub dropped: usize,
+}
+
+/// What all parts of a step have in common, and their rows.
+#[derive(Clone, Copy)]
+struct What {
+    rows: usize,
+    sections: u16,
+    step: u64,
+    time_ns: u64,
 }
 
 /// Space taken for a record that nobody sees yet.
@@ -169,22 +234,58 @@ impl<M: Memory> Writer<M> {
     /// # Errors
     /// Lengths that do not agree; nothing is published then.
     pub fn publish(&mut self, rows: &Rows<'_>) -> Result<Published> {
+        let sections = Sections {
+            experts: Source::Host(rows.experts),
+            token_ids: rows.token_ids.map(|ids| Source::Host(bytemuck::must_cast_slice(ids))),
+            positions: rows.positions,
+            weights: rows.weights.map(|weights| Source::Host(bytemuck::must_cast_slice(weights))),
+        };
+        self.publish_sections(&sections, None)
+    }
+
+    /// Publish the rows of one forward that a device holds: they can be read once `landing` has brought them here.
+    ///
+    /// # Errors
+    /// Lengths that do not agree: nothing is published then. And what `landing` says; the record is then never published,
+    /// and neither is any behind it.
+    pub(crate) fn publish_device(&mut self, rows: &DeviceRows<'_>, landing: &mut dyn Landing) -> Result<Published> {
+        let n = rows.positions.len();
+        let sections = Sections {
+            experts: Source::Device(rows.experts, n * self.facts().row_bytes()),
+            token_ids: rows.token_ids,
+            positions: rows.positions,
+            weights: rows.weights.map(|address| Source::Device(address, n * self.facts().ids_per_row() * 2)),
+        };
+        self.publish_sections(&sections, Some(landing))
+    }
+
+    /// Whether every record that was reserved is published.
+    #[must_use]
+    pub fn all_landed(&self) -> bool {
+        (self.tail..self.head).all(|index| self.has_landed(index))
+    }
+
+    fn publish_sections(&mut self, rows: &Sections<'_>, landing: Option<&mut (dyn Landing + '_)>) -> Result<Published> {
         let n = self.check(rows)?;
         self.deadline = None;
         self.publish_pending();
         let step = self.steps;
         self.steps += 1;
         self.memory.store(word::STEPS, self.steps, Relaxed);
-        let time_ns = now_ns();
-        let sections = section::EXPERTS
-            | section::POSITIONS
-            | if rows.token_ids.is_some() { section::TOKEN_IDS } else { 0 }
-            | if rows.weights.is_some() { section::WEIGHTS } else { 0 };
+        let what = What {
+            rows: n,
+            sections: section::EXPERTS
+                | section::POSITIONS
+                | if rows.token_ids.is_some() { section::TOKEN_IDS } else { 0 }
+                | if rows.weights.is_some() { section::WEIGHTS } else { 0 },
+            step,
+            time_ns: now_ns(),
+        };
         let limit = self.header.geometry.ring_words / PARTS_PER_RING;
-        let published = if self.batch.len() / 8 + self.facts().section_words(sections, n) <= limit {
-            self.publish_whole(rows, n, sections, step, time_ns)
+        let published = if self.batch.len() / 8 + self.facts().section_words(what.sections, n) <= limit {
+            self.publish_whole(rows, what, landing)?
         } else {
-            self.publish_parts(rows, n, sections, step, time_ns, limit)?
+            self.publish_parts(rows, what, limit, landing)?
         };
         let mut result = Published { rows: n, dropped: 0 };
         if published < n {
@@ -226,7 +327,7 @@ impl<M: Memory> Writer<M> {
         self.memory.store(word::LOST_ENDS, self.lost_ends, Relaxed);
     }
 
-    fn check(&self, rows: &Rows<'_>) -> Result<usize> {
+    fn check(&self, rows: &Sections<'_>) -> Result<usize> {
         let n = rows.positions.len();
         let expect = |what: &str, found: usize, expected: usize| {
             if found == expected {
@@ -238,10 +339,10 @@ impl<M: Memory> Writer<M> {
         u32::try_from(n).map_err(|_| Error::invalid(format!("a step of {n} rows")))?;
         expect("bytes of expert ids", rows.experts.len(), n * self.facts().row_bytes())?;
         if let Some(token_ids) = rows.token_ids {
-            expect("token ids", token_ids.len(), n)?;
+            expect("token ids", token_ids.len() / 4, n)?;
         }
         let weights = if self.facts().weights { n * self.facts().ids_per_row() } else { 0 };
-        expect("router weights", rows.weights.map_or(0, <[u16]>::len), weights)?;
+        expect("router weights", rows.weights.map_or(0, |weights| weights.len() / 2), weights)?;
         if self.batch_rows as usize > n {
             return Err(Error::invalid(format!(
                 "the batch's spans end at row {}, and the step has {n}",
@@ -252,96 +353,112 @@ impl<M: Memory> Writer<M> {
     }
 
     /// Publish a step as one record; gives the rows published.
-    fn publish_whole(&mut self, rows: &Rows<'_>, n: usize, sections: u16, step: u64, time_ns: u64) -> usize {
+    fn publish_whole(
+        &mut self,
+        rows: &Sections<'_>,
+        what: What,
+        landing: Option<&mut (dyn Landing + '_)>,
+    ) -> Result<usize> {
         let inline = self.batch_record.is_none_or(|record| self.is_old(record));
         let span_bytes = if inline { std::mem::take(&mut self.batch) } else { Vec::new() };
         let spans = inline.then_some(&span_bytes[..]);
-        let index = self.publish_record(rows, n, sections, step, time_ns, spans);
+        let published = self.publish_record(rows, what, spans, landing);
         if inline {
             self.batch = span_bytes;
-            self.batch_record = index;
+            self.batch_record = published.as_ref().ok().copied().flatten();
         }
-        if index.is_some() { n } else { 0 }
+        Ok(if published?.is_some() { what.rows } else { 0 })
     }
 
     /// Publish a large step as several records, each with its own share of the spans; gives the rows published.
     fn publish_parts(
         &mut self,
-        rows: &Rows<'_>,
-        n: usize,
-        sections: u16,
-        step: u64,
-        time_ns: u64,
+        rows: &Sections<'_>,
+        what: What,
         limit: usize,
+        mut landing: Option<&mut (dyn Landing + '_)>,
     ) -> Result<usize> {
-        let row_words = self.facts().section_words(sections, 64).div_ceil(64) + 1;
+        let row_words = self.facts().section_words(what.sections, 64).div_ceil(64) + 1;
         let part = ((limit - self.batch.len() / 8) / row_words).max(1);
         let (row_bytes, row_ids) = (self.facts().row_bytes(), self.facts().ids_per_row());
         let mut published = 0;
         let mut spans = Vec::new();
-        for first in (0..n).step_by(part) {
-            let end = n.min(first + part);
+        self.batch_record = None;
+        for first in (0..what.rows).step_by(part) {
+            let end = what.rows.min(first + part);
             encode_spans(&clip(&self.spans, first as u32, end as u32), &mut spans)?;
-            let share = Rows {
-                experts: &rows.experts[first * row_bytes..end * row_bytes],
-                token_ids: rows.token_ids.map(|ids| &ids[first..end]),
+            let share = Sections {
+                experts: rows.experts.slice(first * row_bytes..end * row_bytes),
+                token_ids: rows.token_ids.map(|ids| ids.slice(first * 4..end * 4)),
                 positions: &rows.positions[first..end],
-                weights: rows.weights.map(|weights| &weights[first * row_ids..end * row_ids]),
+                weights: rows.weights.map(|weights| weights.slice(first * row_ids * 2..end * row_ids * 2)),
             };
-            if self.publish_record(&share, end - first, sections, step, time_ns, Some(&spans)).is_some() {
+            let part = What { rows: end - first, ..what };
+            let lent = landing.as_mut().map(|landing| &mut **landing as &mut dyn Landing);
+            if self.publish_record(&share, part, Some(&spans), lent)?.is_some() {
                 published += end - first;
             }
         }
-        self.batch_record = None;
         Ok(published)
     }
 
     /// Publish one record of rows; gives its index, or nothing if it was dropped.
     fn publish_record(
         &mut self,
-        rows: &Rows<'_>,
-        n: usize,
-        sections: u16,
-        step: u64,
-        time_ns: u64,
+        rows: &Sections<'_>,
+        what: What,
         spans: Option<&[u8]>,
-    ) -> Option<u64> {
-        let words = self.facts().section_words(sections, n) + spans.map_or(0, |bytes| bytes.len() / 8);
+        mut landing: Option<&mut (dyn Landing + '_)>,
+    ) -> Result<Option<u64>> {
+        let words = self.facts().section_words(what.sections, what.rows) + spans.map_or(0, |bytes| bytes.len() / 8);
         let Some(Reservation { index, mut at, position }) = self.reserve(words) else {
             self.dropped_records += 1;
             self.memory.store(word::DROPPED_RECORDS, self.dropped_records, Relaxed);
-            return None;
+            return Ok(None);
         };
-        let mut put = |bytes: &[u8]| {
-            self.memory.write_bytes(at, bytes);
-            at += bytes.len().div_ceil(8);
+        let mut put = |source: Source<'_>| {
+            match (source, &mut landing) {
+                (Source::Host(bytes), _) => self.memory.write_bytes(at, bytes),
+                (Source::Device(address, len), Some(landing)) => landing.copy(at, address, len)?,
+                (Source::Device(..), None) => unreachable!("only `publish_device` has such, and a landing"),
+            }
+            at += source.len().div_ceil(8);
+            Ok::<_, Error>(())
         };
         if let Some(spans) = spans {
-            put(spans);
+            put(Source::Host(spans))?;
         }
-        put(rows.experts);
+        put(rows.experts)?;
         if let Some(token_ids) = rows.token_ids {
-            put(bytemuck::must_cast_slice(token_ids));
+            put(token_ids)?;
         }
-        put(bytemuck::must_cast_slice(rows.positions));
+        put(Source::Host(bytemuck::must_cast_slice(rows.positions)))?;
         if let Some(weights) = rows.weights {
-            put(bytemuck::must_cast_slice(weights));
+            put(weights)?;
         }
         let batch = if spans.is_some() { index } else { self.batch_record.unwrap_or(index) };
         let rows_before = self.rows_before;
-        self.rows_before += n as u64;
-        self.commit(&Descriptor {
+        self.rows_before += what.rows as u64;
+        let described = Descriptor {
             kind: Kind::Step,
-            sections: sections | if spans.is_some() { section::SPANS } else { 0 },
-            rows: n as u32,
-            step,
-            time_ns,
+            sections: what.sections | if spans.is_some() { section::SPANS } else { 0 },
+            rows: what.rows as u32,
+            step: what.step,
+            time_ns: what.time_ns,
             position,
             payload_words: words as u64,
             batch,
             rows_before,
-        });
-        Some(index)
+        };
+        match landing {
+            None => self.commit(&described),
+            Some(landing) => {
+                let at = self.header.geometry.descriptor(index);
+                described.store(&*self.memory, at);
+                landing.publish(at + descriptor::SEQUENCE, index + 1)?;
+            }
+        }
+        Ok(Some(index))
     }
 
     fn publish_pending(&mut self) {

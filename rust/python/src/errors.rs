@@ -16,6 +16,7 @@ create_exception!(expert_lens._core, ArenaSpaceError, ArenaError, "The shared me
 create_exception!(expert_lens._core, ArenaCorruptError, ArenaError, "The arena's contents contradict themselves.");
 create_exception!(expert_lens._core, ArenaVersionError, ArenaError, "The arena has another layout version.");
 create_exception!(expert_lens._core, ArenaPermissionError, ArenaError, "The arena is not this user's alone.");
+create_exception!(expert_lens._core, CudaError, ExpertLensError, "The CUDA driver refused a call, or is not there.");
 create_exception!(expert_lens._core, ReaderTableFullError, ArenaError, "Every reader entry of the arena is taken.");
 
 /// The Python exception for an error of the arena crate.
@@ -29,6 +30,7 @@ pub fn to_python(error: Error) -> PyErr {
         Error::Corrupt { .. } => ArenaCorruptError::new_err(message),
         Error::Permission { .. } => ArenaPermissionError::new_err(message),
         Error::ReadersFull { .. } => ReaderTableFullError::new_err(message),
+        Error::Cuda { .. } => CudaError::new_err(message),
         Error::Invalid { .. } => OptionError::new_err(message),
         Error::Io { .. } => PyOSError::new_err(message),
         _ => ArenaError::new_err(message),

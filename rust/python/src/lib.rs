@@ -1,5 +1,5 @@
 //! `expert_lens._core`: types across, the GIL released around waits, errors named. All else is in the arena crate.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod collector;
 mod convert;
@@ -19,7 +19,7 @@ mod _core {
     #[pymodule_export]
     use crate::errors::{
         ArenaCorruptError, ArenaError, ArenaPermissionError, ArenaSpaceError, ArenaVersionError, CaptureInUseError,
-        CaptureNotFoundError, ExpertLensError, ReaderTableFullError,
+        CaptureNotFoundError, CudaError, ExpertLensError, ReaderTableFullError,
     };
     #[pymodule_export]
     use crate::row_stream::RowStream;

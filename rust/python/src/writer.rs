@@ -2,7 +2,7 @@
 
 use crate::errors::{OptionError, to_python};
 use crate::{directory_or_default, phase_of, seconds};
-use expert_lens_arena::{End, Facts, OnFull, Outcome, Publisher, Rows, Span};
+use expert_lens_arena::{DeviceRows, End, Facts, OnFull, Outcome, Publisher, Rows, Source, Span, Way};
 use half::f16;
 use numpy::{Element, PyReadonlyArray, PyReadonlyArray1, PyReadonlyArray3, PyReadonlyArrayDyn};
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
@@ -15,8 +15,8 @@ pub struct Writer {
     publisher: Option<Publisher>,
     path: PathBuf,
     waits: bool,
-    /// What `steps` and `dropped_tokens` say once it is closed.
-    last: (u64, u64),
+    /// What `steps`, `dropped_tokens` and `publisher` say once it is closed.
+    last: (u64, u64, Option<Way>),
     /// Positions of the last step.
     positions: Vec<u32>,
     /// The ids of `publish_next`, narrowed.
@@ -101,7 +101,7 @@ impl Writer {
             publisher: Some(publisher),
             path,
             waits: on_full != OnFull::Drop,
-            last: (0, 0),
+            last: (0, 0, None),
             positions: Vec::new(),
             narrow: Vec::new(),
             token_ids: Vec::new(),
@@ -205,6 +205,31 @@ impl Writer {
         Ok(published.map_err(to_python)?.dropped == 0)
     }
 
+    #[expect(clippy::too_many_arguments, reason = "they are the arguments of the Python method")]
+    #[pyo3(signature = (experts, positions, *, device, stream, token_ids=None, weights=None))]
+    fn publish_device(
+        &mut self,
+        py: Python<'_>,
+        experts: u64,
+        positions: PyReadonlyArray1<'_, u32>,
+        device: i32,
+        stream: u64,
+        token_ids: Option<u64>,
+        weights: Option<u64>,
+    ) -> PyResult<bool> {
+        let waits = self.waits;
+        let publisher = self.open()?;
+        let positions = contiguous("positions", &positions)?;
+        let token_ids = token_ids.map(|address| Source::Device(address, positions.len() * 4));
+        let rows = DeviceRows { experts, token_ids, positions, weights };
+        // SAFETY: the stub asks the caller for what the arena asks: device memory of these lengths, alive until the stream
+        // has come so far, which torch's allocator gives for tensors of that very stream.
+        #[expect(unsafe_code, reason = "Python can only give addresses")]
+        let mut publish = || unsafe { publisher.publish_device(&rows, device, stream) };
+        let published = if waits { py.detach(publish) } else { publish() };
+        Ok(published.map_err(to_python)?.dropped == 0)
+    }
+
     #[pyo3(signature = (number, request, num_positions, state="finished"))]
     fn finish(&mut self, number: u64, request: String, num_positions: u32, state: &str) -> PyResult<()> {
         let outcome = match state {
@@ -219,13 +244,22 @@ impl Writer {
 
     fn close(&mut self) {
         if let Some(publisher) = self.publisher.take() {
-            self.last = (publisher.steps(), publisher.dropped_rows());
+            self.last = (publisher.steps(), publisher.dropped_rows(), publisher.way());
         }
     }
 
     #[getter]
     fn path(&self) -> String {
         self.path.display().to_string()
+    }
+
+    #[getter]
+    fn publisher(&self) -> &'static str {
+        match self.publisher.as_ref().map_or(self.last.2, |publisher| publisher.way()) {
+            None => "host",
+            Some(Way::Stream) => "stream",
+            Some(Way::Event) => "event",
+        }
     }
 
     #[getter]

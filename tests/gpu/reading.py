@@ -1,0 +1,38 @@
+"""A reader in a process of its own, without CUDA and without torch: checks every row against what numpy expects.
+
+`python reading.py CAPTURE NUM_EXPERTS ROWS_A_BLOCK`; prints "ready", and at the end one JSON object.
+"""
+
+import json
+import sys
+
+import numpy as np
+from patterns import expected
+
+from expert_lens._core import RowStream
+
+
+def main(capture: str, num_experts: int, rows_a_block: int) -> None:
+    stream = RowStream(capture)
+    print("ready", flush=True)
+    rows = wrong = wrong_tokens = corrupt = 0
+    steps = set()
+    over = False
+    while not over:
+        block = stream.take(rows_a_block, 0.05)
+        over = stream.is_over
+        wrong += int(
+            (block["experts"] != expected(block["steps"], block["positions"], num_experts)).any(axis=(1, 2)).sum()
+        )
+        wrong_tokens += int((block["token_ids"] != block["positions"] + block["steps"] % 1000).sum())
+        rows += len(block["steps"])
+        corrupt += block["corrupt"]
+        steps.update(np.unique(block["steps"]).tolist())
+        stream.release()
+    assert "torch" not in sys.modules
+    found = {"rows": rows, "steps": len(steps), "wrong": wrong, "wrong_tokens": wrong_tokens, "corrupt": corrupt}
+    print(json.dumps({**found, "dropped": stream.dropped_tokens}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,295 @@
+"""The GPU publishes: what readers without CUDA see is what the GPU computed, whole or not at all."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from patterns import OnDevice, expected, make_writer, publish
+
+from children import hear, start
+from expert_lens._core import Collector, Writer
+from expert_lens.errors import CudaError, OptionError
+
+READING = Path(__file__).parent / "reading.py"
+WAYS = ["stream", "event"]
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("EXPERT_LENS_PUBLISHER", request.param)
+    return str(request.param)
+
+
+def start_reader(capture: str, num_experts: int = 128, rows_a_block: int = 8192) -> subprocess.Popen[str]:
+    reader = subprocess.Popen(
+        [sys.executable, str(READING), capture, str(num_experts), str(rows_a_block)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert hear(reader) == "ready"
+    return reader
+
+
+def report(reader: subprocess.Popen[str]) -> dict[str, Any]:
+    with reader:
+        found: dict[str, Any] = json.loads(hear(reader))
+    return found
+
+
+@pytest.mark.parametrize(("num_experts", "weights"), [(128, False), (256, True), (384, False), (1024, True)])
+def test_rows_token_ids_and_weights_come_as_the_gpu_computed_them(way: str, num_experts: int, weights: bool) -> None:
+    writer = make_writer("seen", num_experts, weights=weights)
+    source = OnDevice(num_experts, 300)
+    reader = Collector("seen")
+    for step, rows in enumerate([1, 3, 300, 7]):
+        assert publish(writer, source, step, rows, spans=[(step + 1, f"r{step}")], weights=weights)
+    assert writer.publisher == way
+    assert reader.sync(10.0)
+    for step, rows in enumerate([1, 3, 300, 7]):
+        found = reader.rows(f"r{step}")
+        assert found is not None
+        wanted = expected(np.full(rows, step), np.arange(rows), num_experts)
+        np.testing.assert_array_equal(found["experts"], wanted)
+        np.testing.assert_array_equal(found["token_ids"], np.arange(rows) + step)
+        if weights:
+            np.testing.assert_array_equal(found["weights"], (wanted.astype(np.float32) / 1024).astype(np.float16))
+    writer.close()
+    reader.close()
+
+
+def test_a_step_larger_than_a_quarter_of_the_ring_is_put_together_again(way: str) -> None:
+    writer = make_writer("large", arena_bytes=8 << 20)
+    reader = Collector("large")
+    assert publish(writer, OnDevice(128, 9000), 5, 9000)
+    assert writer.publisher == way
+    assert reader.sync(10.0)
+    found = reader.rows("a")
+    assert found is not None
+    np.testing.assert_array_equal(found["experts"], expected(np.full(9000, 5), np.arange(9000), 128))
+    writer.close()
+
+
+def test_close_waits_for_what_is_on_its_way(way: str) -> None:
+    writer = make_writer("closing")
+    source = OnDevice(128, 4096)
+    reader = Collector("closing")
+    publish(writer, source, 0, 1)
+    torch.cuda._sleep(500_000_000)
+    publish(writer, source, 1, 4096)
+    assert reader.tokens <= 1
+    writer.close()
+    assert reader.sync(10.0)
+    assert reader.tokens == 4097
+    assert writer.publisher == way
+
+
+def test_a_record_of_the_host_behind_one_of_the_gpu_is_read_behind_it() -> None:
+    writer = make_writer("both")
+    source = OnDevice(128, 64)
+    reader = Collector("both")
+    publish(writer, source, 0, 1)
+    torch.cuda._sleep(300_000_000)
+    publish(writer, source, 1, 64)
+    host = expected(np.full(2, 2), np.arange(2), 128).astype(np.uint8)
+    writer.set_batch([(2, "b", 0, 2, 0, "decode")])
+    writer.publish(host, None, np.arange(2, dtype=np.uint32))
+    writer.finish(2, "b", 2)
+    assert not reader.sync(0.01)
+    assert reader.rows("b") is None
+    assert reader.sync(10.0)
+    found = reader.rows("b")
+    assert found is not None
+    np.testing.assert_array_equal(found["experts"], host)
+    writer.close()
+
+
+def test_another_threads_stream_capture_goes_on(way: str) -> None:
+    source = OnDevice(128, 64)
+    x = torch.ones(64, device="cuda")
+    capturing, published = threading.Event(), threading.Event()
+    graph = torch.cuda.CUDAGraph()
+    failed: list[BaseException] = []
+
+    def capture() -> None:
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="global"):
+                y = x * 2
+                capturing.set()
+                assert published.wait(30)
+                x.copy_(y)
+        except BaseException as error:
+            failed.append(error)
+            capturing.set()
+
+    source.experts(0, 64)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        packed, tokens = source.experts(3, 64), source.token_ids(3, 64)
+    torch.cuda.synchronize()
+    writer = make_writer("beside")
+    reader = Collector("beside")
+    writer.set_batch([(1, "a", 0, 64, 0, "decode")])
+    thread = threading.Thread(target=capture)
+    thread.start()
+    assert capturing.wait(30)
+    try:
+        for _ in range(3):  # the first one pins the arena, too
+            writer.publish_device(
+                packed.data_ptr(),
+                np.arange(64, dtype=np.uint32),
+                device=0,
+                stream=side.cuda_stream,
+                token_ids=tokens.data_ptr(),
+            )
+        deadline = time.monotonic() + 10
+        while reader.tokens < 192 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert reader.tokens == 192
+    finally:
+        published.set()
+        thread.join()
+    assert failed == []
+    graph.replay()
+    assert x.sum().item() == 128
+    assert writer.publisher == way
+    writer.close()
+
+
+def test_drops_are_counted_and_what_comes_is_whole(way: str) -> None:
+    writer = make_writer("small", arena_bytes=1 << 20)
+    reader = start_reader("small", rows_a_block=512)
+    source = OnDevice(128, 256)
+    rng = random.Random(0)
+    sent = 0
+    for step in range(20_000):
+        rows = rng.choice([1, 16, 256])
+        publish(writer, source, step, rows)
+        sent += rows
+    dropped = writer.dropped_tokens
+    writer.close()
+    found = report(reader)
+    assert dropped > 0
+    assert (found["wrong"], found["wrong_tokens"], found["corrupt"]) == (0, 0, 0)
+    assert found["rows"] == sent - dropped
+    assert writer.publisher == way
+
+
+SIZES = [1] * 60 + [2, 7, 16, 33, 64, 64, 64, 100, 256] * 4 + [1000, 2048, 4096]
+
+
+def test_stress(way: str) -> None:
+    """Every row of 100 000 steps of mixed sizes, up to 16384 rows, from two streams in turn."""
+    writer = make_writer("stress", arena_bytes=512 << 20, on_full="wait", wait_timeout=60.0)
+    reader = start_reader("stress")
+    source = OnDevice(128, 16384)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    rng = random.Random(1)
+    sent = 0
+    for step in range(100_000):
+        rows = 16384 if step % 10_000 == 5_000 else rng.choice(SIZES)
+        with torch.cuda.stream(streams[step // 100 % 2]):
+            assert publish(writer, source, step, rows)
+        sent += rows
+    writer.close()
+    found = report(reader)
+    assert found == {
+        "rows": sent, "steps": 100_000, "wrong": 0, "wrong_tokens": 0, "corrupt": 0, "dropped": 0,
+    }  # fmt: skip
+    assert writer.publisher == way
+
+
+def test_a_reader_that_is_killed_holds_nothing_up(way: str) -> None:
+    writer = make_writer("killed", arena_bytes=1 << 20, on_full="wait", wait_timeout=30.0)
+    source = OnDevice(128, 64)
+    first = start_reader("killed")
+    publish(writer, source, 0, 64)
+    with first:
+        first.send_signal(signal.SIGKILL)
+    time.sleep(0.3)
+    for step in range(1, 2000):
+        assert publish(writer, source, step, 64)
+    second = start_reader("killed")
+    for step in range(2000, 2010):
+        assert publish(writer, source, step, 64)
+    writer.close()
+    found = report(second)
+    assert (found["wrong"], found["wrong_tokens"], found["corrupt"]) == (0, 0, 0)
+    assert found["steps"] >= 10
+    assert writer.publisher == way
+
+
+WRITER = """
+import sys
+import torch
+from patterns import OnDevice, make_writer, publish
+writer, source = make_writer("dying"), OnDevice(128, 64)
+for step in range(100):
+    publish(writer, source, step, 64)
+torch.cuda.synchronize()
+print("published", flush=True)
+torch.cuda._sleep(20_000_000_000)
+publish(writer, source, 100, 64)
+print("on its way", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_what_a_killed_writer_published_is_readable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPERT_LENS_PUBLISHER", "stream")
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{WRITER}"
+    with start(code) as process:
+        assert [hear(process), hear(process)] == ["published", "on its way"]
+        reader = start_reader("dying")
+        process.send_signal(signal.SIGKILL)
+    found = report(reader)
+    assert (found["steps"], found["rows"], found["wrong"], found["wrong_tokens"]) == (100, 6400, 0, 0)
+
+
+def test_an_arena_that_cannot_be_pinned_says_where_it_must_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if Path("/proc/mounts").read_text().count(f" {tmp_path.parts[1]} tmpfs "):
+        pytest.skip("the folder of this test is a tmpfs")
+    monkeypatch.setenv("EXPERT_LENS_DIR", str(tmp_path / "captures"))
+    writer = make_writer("elsewhere")
+    with pytest.raises(CudaError, match=r"it must lie on a tmpfs"):
+        publish(writer, OnDevice(128, 8), 0, 8)
+    writer.close()
+
+
+def test_a_driver_that_refuses_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = make_writer("refused")
+    with pytest.raises(CudaError, match=r"cuDeviceGet failed: CUDA_ERROR_INVALID_DEVICE"):
+        writer.publish_device(0, np.zeros(1, np.uint32), device=99, stream=0)
+    writer.close()
+    monkeypatch.setenv("EXPERT_LENS_PUBLISHER", "pigeon")
+    other = make_writer("other")
+    with pytest.raises(OptionError, match="EXPERT_LENS_PUBLISHER is 'pigeon'"):
+        other.publish_device(0, np.zeros(1, np.uint32), device=0, stream=0)
+    other.close()
+
+
+def test_lengths_that_do_not_agree_publish_nothing() -> None:
+    writer: Writer = make_writer("unequal", weights=True)
+    source = OnDevice(128, 8)
+    with pytest.raises(OptionError, match="router weights"):
+        publish(writer, source, 0, 8)
+    writer.set_batch([(1, "a", 0, 9, 0, "decode")])
+    packed = source.experts(0, 8)
+    with pytest.raises(OptionError, match="spans end at row 9"):
+        writer.publish_device(
+            packed.data_ptr(), np.arange(8, dtype=np.uint32), device=0, stream=0, weights=packed.data_ptr()
+        )
+    assert writer.steps == 0
+    writer.close()
