@@ -17,6 +17,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -54,14 +55,15 @@ class Step:
 class Rows:
     """Whose rows a step holds: what `publish` needs besides the experts.
 
-    `spans`: as in `Writer.set_batch`, over the kept rows. `positions`: u32 [n], of the kept rows. `token_ids`: u32
-    [n] or None. `kept`: indices of the kept rows among the forward's rows, in order; None if all are kept.
+    `spans`: as in `Writer.set_batch`, over the kept rows. `positions`: u32 [n], of the kept rows. `token_ids`: what the
+    forward ran over, an id for each of its rows, where the model has it; or None. `kept`: indices of the kept rows
+    among the forward's rows, in order; None if all are kept.
     """
 
     __slots__ = ("kept", "positions", "spans", "token_ids")
 
     def __init__(
-        self, spans: Sequence[Span], positions: U32, token_ids: U32 | None, kept: Indices | None = None
+        self, spans: Sequence[Span], positions: U32, token_ids: torch.Tensor | None, kept: Indices | None = None
     ) -> None:
         self.spans = spans
         self.positions = positions
@@ -83,14 +85,11 @@ class DecodeRun:
         self.kept = kept
         self.num_taken = 0
 
-    def take(self, token_ids: npt.NDArray[Any] | None) -> Rows:
+    def take(self, token_ids: torch.Tensor | None) -> Rows:
         """The rows of the next step, whose forward ran over these ids [B, 1]."""
         positions = self.start + np.uint32(self.num_taken)
         self.num_taken += 1
-        if token_ids is None:
-            return Rows(self.spans, positions, None, self.kept)
-        column = token_ids.astype(np.uint32).reshape(-1)
-        return Rows(self.spans, positions, column if self.kept is None else column[self.kept], self.kept)
+        return Rows(self.spans, positions, token_ids, self.kept)
 
 
 class _Current(threading.local):
@@ -117,7 +116,7 @@ class Tap:
         """Why the capture switched itself off; None while all is well."""
         self.lost_tokens = 0
         """Rows lost because MAX_WAITING_STEPS steps waited for another thread that was publishing."""
-        self._dtype = torch.uint8 if num_experts <= 256 else torch.uint16
+        self._dtype = torch.uint8 if num_experts <= 256 else torch.int16
         self._narrow = num_experts not in (256, 65536)
         self._checked = False
         self._current = _Current()
@@ -131,6 +130,13 @@ class Tap:
     def begin(self) -> Step | None:
         """Start to hold a forward of this thread; None if the capture is off. A forward left behind is dropped."""
         step = None
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+            self.fail(
+                UnsupportedModelError(
+                    "a forward is being captured in a CUDA graph, whose replays cannot be seen; rows from here on are "
+                    "missing. Run the model without graphs."
+                )
+            )
         if self.active:
             step = Step(len(self.layers))
             if self.weights:
@@ -174,15 +180,17 @@ class Tap:
         """The layers that did not hand over anything in this step."""
         return tuple(layer for layer, ids in zip(self.layers, step.experts, strict=True) if ids is None)
 
-    def pack(self, step: Step, num_rows: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.float16] | None]:
-        """The step's experts [num_rows, L, K], u8 or u16, and weights f16 of the same shape or None.
+    def pack(self, step: Step, num_rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The step's experts [num_rows, L, K] and weights f16 of the same shape or None, on the device of the model.
+
+        Experts are u8, or i16 with the bits of u16, of which torch can do little.
 
         Raises UnsupportedModelError when ids have another shape, or lie outside 0 .. num_experts - 1.
         """
         wide = self._cat(step)
-        if not self._checked or not self._narrow:
+        if not self._checked or not (self._narrow or wide.is_cuda):
             self._check(step, wide, num_rows)
-        experts = wide.to(self._dtype).numpy().reshape(num_rows, len(self.layers), self.top_k)
+        experts = wide.to(self._dtype).reshape(num_rows, len(self.layers), self.top_k)
         return experts, self._pack_weights(step, experts.shape) if step.weights else None
 
     def _cat(self, step: Step) -> torch.Tensor:
@@ -201,7 +209,7 @@ class Tap:
 
         Ids are places in the router's E logits, so the first step tells whether the layers give such. Later on the
         reader refuses what the packed type can show past the last expert; where 256 or 65536 experts fill the type it
-        can show nothing of that, and every step is looked at here.
+        can show nothing of that, and every step is looked at here, unless it is a GPU's: to look would be to wait.
         """
         if wide.shape[-1] != len(self.layers) * self.top_k or wide.numel() != num_rows * wide.shape[-1]:
             ids = step.experts[0]
@@ -216,28 +224,27 @@ class Tap:
             )
         self._checked = True
 
-    def _pack_weights(self, step: Step, shape: tuple[int, ...]) -> npt.NDArray[np.float16]:
+    def _pack_weights(self, step: Step, shape: tuple[int, ...]) -> torch.Tensor:
         chosen = []
         for ids, scores in zip(step.experts, step.weights, strict=True):
             if scores is None or ids is None:
                 raise UnsupportedModelError("weights were asked for, but a routed layer gave none.")
             chosen.append(scores if scores.shape == ids.shape else scores.gather(-1, ids))
-        packed: npt.NDArray[np.float16] = torch.cat(chosen, dim=-1).detach().to(torch.float16).numpy()
-        return packed.reshape(shape)
+        return torch.cat(chosen, dim=-1).detach().to(torch.float16).reshape(shape)
 
-    def publish_next(self, step: Step, num_rows: int, token_ids: npt.NDArray[np.int64], run: DecodeRun) -> None:
+    def publish_next(self, step: Step, num_rows: int, token_ids: torch.Tensor, run: DecodeRun) -> None:
         """Publish the next step of a run, which ran over these ids [num_rows, 1].
 
         Right behind the one before, the writer does all of it in one call: that is most of what decoding costs.
         """
         if not self.active:
             return
-        if not self._jobs and self._turn.acquire(blocking=False):
+        if not token_ids.is_cuda and not self._jobs and self._turn.acquire(blocking=False):
             try:
                 if follows := self._next == (run, run.num_taken):
                     run.num_taken += 1
                     self._next = (run, run.num_taken)
-                    self.writer.publish_next(self._cat(step).numpy(), token_ids)
+                    self.writer.publish_next(self._cat(step).numpy(), token_ids.numpy())
             except Exception as error:
                 self.fail(error)
             finally:
@@ -250,11 +257,7 @@ class Tap:
         self.publish(*self.pack(step, num_rows), rows, run)
 
     def publish(
-        self,
-        experts: npt.NDArray[Any],
-        weights: npt.NDArray[np.float16] | None,
-        rows: Rows,
-        run: DecodeRun | None = None,
+        self, experts: torch.Tensor, weights: torch.Tensor | None, rows: Rows, run: DecodeRun | None = None
     ) -> None:
         """Publish a packed step: drop the rows that are not kept, and hand the rest to the writer.
 
@@ -262,15 +265,29 @@ class Tap:
         """
         if not self.active:
             return
-        next_step = None if run is None or rows.kept is not None or self.weights else (run, run.num_taken)
+        on_device = experts.is_cuda
+        fits_next = run is not None and rows.kept is None and not self.weights and not on_device
+        next_step = (run, run.num_taken) if fits_next and run is not None else None
+        token_ids = rows.token_ids
+        if token_ids is not None:
+            token_ids = token_ids.reshape(-1).to(torch.int32)  # a copy: the engine may reuse what it ran over
         if rows.kept is not None:
-            experts = experts[rows.kept]
-            weights = weights[rows.kept] if weights is not None else None
+            kept = torch.from_numpy(rows.kept).to(experts.device, non_blocking=True)
+            experts = experts[kept]
+            weights = weights[kept] if weights is not None else None
+            token_ids = token_ids[kept] if token_ids is not None else None
         if not len(experts):
             return
+        write: Callable[[], None]
+        if on_device:
+            # The stream of the thread that ran the forward; another one may come to write it.
+            stream = torch.cuda.current_stream(experts.device).cuda_stream
+            write = partial(self._write_device, experts, weights, token_ids, rows, stream)
+        else:
+            write = partial(self._write, experts, weights, token_ids, rows, next_step)
         if not self._jobs and self._turn.acquire(blocking=False):
             try:
-                self._write(experts, weights, rows, next_step)
+                write()
             except Exception as error:
                 self.fail(error)
             finally:
@@ -278,7 +295,7 @@ class Tap:
             if self._jobs:
                 self._run_jobs()
         elif len(self._jobs) < MAX_WAITING_STEPS:
-            self._submit(lambda: self._write(experts, weights, rows, next_step))
+            self._submit(write)
         else:
             self.lost_tokens += len(experts)
 
@@ -311,19 +328,46 @@ class Tap:
 
     def _write(
         self,
-        experts: npt.NDArray[Any],
-        weights: npt.NDArray[np.float16] | None,
+        experts: torch.Tensor,
+        weights: torch.Tensor | None,
+        token_ids: torch.Tensor | None,
         rows: Rows,
         next_step: tuple[DecodeRun, int] | None,
     ) -> None:
+        self._set_batch(rows.spans)
+        self.writer.publish(
+            experts.numpy() if experts.dtype == torch.uint8 else experts.numpy().view(np.uint16),
+            None if token_ids is None else token_ids.numpy().view(np.uint32),
+            rows.positions,
+            None if weights is None else weights.numpy(),
+        )
+        self._next = next_step
+
+    def _write_device(
+        self,
+        experts: torch.Tensor,
+        weights: torch.Tensor | None,
+        token_ids: torch.Tensor | None,
+        rows: Rows,
+        stream: int,
+    ) -> None:
+        """Have the GPU publish: the tensors were allocated on `stream`, so their memory outlives the copies there."""
+        self._set_batch(rows.spans)
+        self.writer.publish_device(
+            experts.data_ptr(),
+            rows.positions,
+            device=experts.get_device(),
+            stream=stream,
+            token_ids=None if token_ids is None else token_ids.data_ptr(),
+            weights=None if weights is None else weights.data_ptr(),
+        )
+
+    def _set_batch(self, spans: Sequence[Span]) -> None:
         self._next = None
-        spans = rows.spans
         if spans is not self._batch:
             if spans != self._batch:
                 self.writer.set_batch(spans)
             self._batch = spans
-        self.writer.publish(experts, rows.token_ids, rows.positions, weights)
-        self._next = next_step
 
     def _submit(self, job: Callable[[], None]) -> None:
         """Run the job, or leave it to the thread that is just running others: never wait for it."""

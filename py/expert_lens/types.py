@@ -144,6 +144,9 @@ class RecordingStats(TypedDict):
 class Stats(CollectorStats):
     """Figures of a lens."""
 
+    publisher: Literal["host", "stream", "event"] | None
+    """What publishes: this process's stores; or, once a CUDA device did, its stream, or an event of it where the device
+    cannot store by itself. None for a capture of another process."""
     memory_limit_bytes: int
     """What the requests' rows may take."""
     recordings: list[RecordingStats]

@@ -7,20 +7,12 @@ from typing import Any
 import pytest
 
 import tiny_models
-from support import Attach, Capture
+from support import Attach, attaching
 
 
 @pytest.fixture
 def attach(tmp_path: Path) -> Iterator[Attach]:
-    captures: list[Capture] = []
-
-    def make(model: Any, **options: Any) -> Capture:
-        captures.append(Capture(model, tmp_path, **options))
-        return captures[-1]
-
-    yield make
-    for capture in captures:
-        capture.close()
+    yield from attaching(tmp_path)
 
 
 @pytest.fixture

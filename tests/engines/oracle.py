@@ -45,8 +45,8 @@ class Oracle:
         def forward(module: Any, hidden_states: Any, ids: Any, weights: Any) -> Any:
             slot = slots.get(id(module))
             if slot is not None:
-                self._ids[slot].append(ids.detach().clone().numpy())
-                self._weights[slot].append(weights.detach().clone().float().numpy())
+                self._ids[slot].append(ids.detach().clone().cpu().numpy())
+                self._weights[slot].append(weights.detach().clone().float().cpu().numpy())
             return original(module, hidden_states, ids, weights)
 
         expert_class.forward = forward
@@ -106,5 +106,5 @@ def replayed(model: Any, tokens: Sequence[int]) -> Array:
     """The rows [n, L, K] of one sequence forwarded alone, whole, and without padding."""
     oracle = Oracle(model)
     with oracle.watching(), torch.no_grad():
-        model(torch.tensor([list(tokens)]), use_cache=False)
+        model(torch.tensor([list(tokens)], device=model.device), use_cache=False)
     return oracle.ids[0]

@@ -1,6 +1,6 @@
 """A model attached, with a reader at the other end of its arena; and what tests of engines ask of both."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class Capture:
     def __init__(self, model: Any, directory: Path, **options: Any) -> None:
         Capture._count += 1
         name = f"test-{Capture._count}"
-        self.tap = engine.attach(model, name, directory=str(directory), arena_bytes=1 << 22, **options)
+        self.tap = engine.attach(model, name, directory=str(directory), **{"arena_bytes": 1 << 22, **options})
         self.collector = Collector(name, directory=str(directory))
 
     def requests(self) -> dict[str, dict[str, Any]]:
@@ -57,6 +57,19 @@ class Capture:
 
 
 Attach = Callable[..., Capture]
+
+
+def attaching(directory: Path) -> Iterator[Attach]:
+    """Gives what attaches to models, and closes them all."""
+    captures: list[Capture] = []
+
+    def make(model: Any, **options: Any) -> Capture:
+        captures.append(Capture(model, directory, **options))
+        return captures[-1]
+
+    yield make
+    for capture in captures:
+        capture.close()
 
 
 def padded(lengths: Sequence[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

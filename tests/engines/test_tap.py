@@ -55,20 +55,23 @@ def held(tap: Tap, *layers: list[list[int]], weights: Any = None) -> Step:
 
 def rows(count: int, spans: Any = None, kept: Any = None) -> Rows:
     positions = np.arange(count, dtype=np.uint32)
-    return Rows(spans or [(1, "a", 0, count, count, "prefill")], positions, positions, kept)
+    token_ids = torch.arange(count if kept is None else max(kept, default=-1) + 1) * 7
+    return Rows(spans or [(1, "a", 0, count, count, "prefill")], positions, token_ids, kept)
 
 
 FIRST, SECOND = [[0, 1], [2, 3], [4, 5]], [[7, 6], [5, 4], [3, 2]]
 PACKED = [[[0, 1], [7, 6]], [[2, 3], [5, 4]], [[4, 5], [3, 2]]]
 
 
-@pytest.mark.parametrize(("num_experts", "dtype"), [(8, "uint8"), (256, "uint8"), (257, "uint16"), (60000, "uint16")])
+@pytest.mark.parametrize(("num_experts", "dtype"), [(8, "uint8"), (256, "uint8"), (257, "int16"), (60000, "int16")])
 def test_a_step_is_packed_in_the_narrowest_type_that_holds_all_experts(num_experts: int, dtype: str) -> None:
-    tap, _ = make_tap(num_experts=num_experts)
+    tap, writer = make_tap(num_experts=num_experts)
     experts, weights = tap.pack(held(tap, FIRST, [[num_experts - 1, 6], [5, 4], [3, 2]]), 3)
-    assert (experts.dtype, experts.shape, weights) == (np.dtype(dtype), (3, 2, 2), None)
-    assert experts.flags["C_CONTIGUOUS"]
-    assert experts[0, 1, 0] == num_experts - 1
+    assert (experts.dtype, experts.shape, weights) == (getattr(torch, dtype), (3, 2, 2), None)
+    assert experts.is_contiguous()
+    tap.publish(experts, weights, rows(3))
+    assert writer.calls[-1][1].dtype == np.dtype("uint8" if num_experts <= 256 else "uint16")
+    assert writer.calls[-1][1][0, 1, 0] == num_experts - 1
 
 
 def test_ids_of_a_batch_are_flattened_row_by_row() -> None:
@@ -85,7 +88,8 @@ def test_rows_that_are_not_kept_are_dropped_from_all_parts() -> None:
     scores = torch.rand(2, 3, 2)
     experts, weights = tap.pack(held(tap, FIRST, SECOND, weights=scores), 3)
     tap.publish(experts, weights, rows(2, kept=np.array([0, 2])))
-    _, published, _, _, published_weights = writer.calls[1]
+    _, published, token_ids, _, published_weights = writer.calls[1]
+    assert token_ids.tolist() == [0, 14]
     np.testing.assert_array_equal(published, [PACKED[0], PACKED[2]])
     np.testing.assert_array_equal(published_weights, scores.transpose(0, 1)[[0, 2]].half().numpy())
     assert published.flags["C_CONTIGUOUS"]
@@ -99,14 +103,14 @@ def test_weights_given_for_every_expert_are_looked_up_at_the_chosen_ones() -> No
     for row in range(3):
         for slot, ids in enumerate([FIRST, SECOND]):
             expected = scores[slot, row, ids[row]].half().numpy()
-            np.testing.assert_array_equal(weights[row, slot], expected)
+            np.testing.assert_array_equal(weights[row, slot].numpy(), expected)
 
 
 def test_weights_that_need_a_gradient_are_read_without_one() -> None:
     tap, _ = make_tap(weights=True)
     scores = torch.rand(2, 3, 2, requires_grad=True)
     _, weights = tap.pack(held(tap, FIRST, SECOND, weights=scores), 3)
-    assert weights.dtype == np.float16
+    assert (weights.dtype, weights.requires_grad) == (torch.float16, False)
 
 
 @pytest.mark.parametrize("wrong", [8, 255, 256, -1, 1000])

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from support import Attach, attaching
+
 HERE = Path(__file__).parent
 NO_DEVICE = pytest.mark.skip(reason="no CUDA device here; `make test-gpu` on a machine with one runs this")
 
@@ -26,3 +28,9 @@ def captures_directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("EXPERT_LENS_DIR", str(directory))
     yield directory
     shutil.rmtree(directory)
+
+
+@pytest.fixture
+def attach(captures_directory: Path) -> Iterator[Attach]:
+    captures_directory.chmod(0o700)
+    yield from attaching(captures_directory)

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import transformers
 from torch import nn
 from torch.compiler import is_compiling
@@ -23,6 +24,8 @@ from expert_lens.errors import EngineHookError, SilentTapError, UnsupportedModel
 from expert_lens.tap import Step, Tap
 
 __all__ = ["TransformersTap"]
+
+DEVICES = ("cpu", "cuda", "meta")
 
 
 @dataclass(slots=True)
@@ -115,6 +118,11 @@ class TransformersTap:
         """Rows lost because too many threads published at the same time."""
         return self._tap.lost_tokens
 
+    @property
+    def publisher(self) -> Literal["host", "stream", "event"]:
+        """What publishes: `Writer.publisher`."""
+        return self.writer.publisher
+
     def request(self, name: str) -> AbstractContextManager[None]:
         """Name the requests of the calls in this block: `name`, or `name.0`, `name.1`, ... for a batch.
 
@@ -201,6 +209,10 @@ class TransformersTap:
         manager = original(*args, **kwargs)
         if self._tap.active:
             try:
+                if self._model.device.type == "cuda":
+                    raise UnsupportedModelError(
+                        "generate_batch on a GPU cannot be captured by this version; use generate there."
+                    )
                 self._continuous.add(manager, self._names.current())
             except Exception as error:
                 self._tap.fail(error)
@@ -281,8 +293,7 @@ class TransformersTap:
         token_ids = inputs.token_ids
         if token_ids is None and call is not None and call.prepared_tokens is not None:
             token_ids = call.prepared_tokens if tuple(call.prepared_tokens.shape) == inputs.shape else None
-        tokens = token_ids.numpy() if token_ids is not None else None
-        columns = Columns(batch, width, inputs.past, inputs.cache is not None, tokens)
+        columns = Columns(batch, width, inputs.past, inputs.cache is not None, token_ids)
         if call is not None:
             starts = call.sequences is None
             call.forwarded(step, columns)
@@ -408,13 +419,13 @@ def _attachable(model: Any) -> RoutedModel:
             f"this {type(model).__name__} is already attached, and published to {taken.capture.writer.path}. "
             "Close that capture first."
         )
-    for layer in routed.layers:
-        for parameter in layer.experts.parameters():
-            if parameter.device.type not in ("cpu", "meta"):
-                raise UnsupportedModelError(
-                    f"{layer.name} of {type(model).__name__} is on {parameter.device}; this version captures models on "
-                    "the CPU."
-                )
+    devices = {parameter.device for layer in routed.layers for parameter in layer.experts.parameters()}
+    if len(devices - {torch.device("meta")}) > 1 or any(one.type not in DEVICES for one in devices):
+        names = ", ".join(sorted(map(str, devices)))
+        raise UnsupportedModelError(
+            f"the routed layers of {type(model).__name__} are on {names}; this version captures models whose "
+            "layers are all on the CPU, or all on one CUDA device."
+        )
     return routed
 
 

@@ -105,9 +105,8 @@ class ContinuousBatches:
         if not spans:
             return None
         index = np.concatenate(kept)
-        tokens = inputs["input_ids"].numpy().reshape(-1)[index].astype(np.uint32)
         whole = len(index) == len(positions)
-        return Rows(spans, positions[index].astype(np.uint32), tokens, None if whole else index)
+        return Rows(spans, positions[index].astype(np.uint32), inputs["input_ids"], None if whole else index)
 
     def close(self) -> None:
         """State the end of what is still running."""

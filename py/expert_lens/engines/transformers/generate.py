@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
@@ -35,19 +36,55 @@ class Columns:
     width: int
     past: int
     has_cache: bool
-    tokens: npt.NDArray[Any] | None
+    tokens: torch.Tensor | None
 
 
 @dataclass(slots=True)
 class _Held:
     """A packed forward of assisted generation that waits to hear which of its tokens are accepted."""
 
-    experts: npt.NDArray[Any]
-    weights: npt.NDArray[np.float16] | None
+    experts: torch.Tensor
+    weights: torch.Tensor | None
     columns: Columns
     real: npt.NDArray[np.bool_]
     offset: int
     """What must be added to an index into `input_ids` to get a column of the cache."""
+
+
+class _Done:
+    """Which sequences have ended, on its way from the device where the engine found it.
+
+    The engine itself waits for that answer before its next forward, so by then the copy has come, and nobody waits for
+    it a second time.
+    """
+
+    NOT_COME = 2
+
+    def __init__(self) -> None:
+        self._host: torch.Tensor | None = None
+        self._pending: torch.Tensor | None = None
+
+    def tell(self, done: torch.Tensor) -> None:
+        """The answer, bool [B]; on a device, its copy to the host is enqueued."""
+        if not done.is_cuda:
+            self._pending = done
+            return
+        if self._host is None or len(self._host) != len(done):
+            self._host = torch.empty(len(done), dtype=torch.uint8, pin_memory=True)
+        self._host.fill_(self.NOT_COME)
+        self._host.view(torch.bool).copy_(done, non_blocking=True)
+        self._pending = self._host
+
+    def hear(self) -> list[bool] | None:
+        """The answer that was told last, once; None if there is none."""
+        done, self._pending = self._pending, None
+        if done is None:
+            return None
+        answer = done.tolist()
+        if self.NOT_COME in answer:  # an engine that does not wait, after all
+            torch.cuda.synchronize()
+            answer = done.tolist()
+        return [bool(one) for one in answer]
 
 
 class GenerateCall:
@@ -83,6 +120,7 @@ class GenerateCall:
         self._checked = False
         self._held: _Held | None = None
         self._first = True
+        self._done = _Done()
 
     @property
     def needs_past(self) -> bool:
@@ -127,7 +165,7 @@ class GenerateCall:
         elif (rows := self._rows(columns)) is not None:
             self._tap.publish(*self._tap.pack(step, columns.batch * columns.width), rows)
 
-    def criteria_called(self, length: int, done: list[bool]) -> None:
+    def criteria_called(self, length: int, done: torch.Tensor) -> None:
         """The engine has chosen tokens, `length` in each sequence by now, and found which sequences end with them."""
         self._decoding = True
         self._checked = True
@@ -135,7 +173,9 @@ class GenerateCall:
             held, self._held = self._held, None
             self._publish_accepted(held, length)
         if self.sequences is not None and self.mode in ("rows", "assisted"):
-            self.sequences.mark_done(done)
+            self._done.tell(done)
+            if not done.is_cuda:
+                self._hear_done(self.sequences)
 
     def fail(self, error: Exception) -> None:
         """Switch the capture off because of this error."""
@@ -144,6 +184,7 @@ class GenerateCall:
     def finish(self, state: Literal["finished", "aborted"]) -> None:
         """The call is over: so are its sequences."""
         if self.sequences is not None:
+            self._hear_done(self.sequences)
             self.sequences.finish(self._tap, state)
 
     def takes_forward(self) -> bool:
@@ -170,10 +211,11 @@ class GenerateCall:
         sequences = self.sequences
         assert sequences is not None
         if self._expects_token(sequences):
-            self._tap.publish_next(step, self._step_shape[0], self._step_tokens.numpy(), sequences.run())
+            self._tap.publish_next(step, self._step_shape[0], self._step_tokens, sequences.run())
 
     def _expects_token(self, sequences: Sequences) -> bool:
         """Whether any row does, in a forward after the engine has asked the stopping criteria."""
+        self._hear_done(sequences)
         if sequences.all_done():
             return False
         if not self._checked:
@@ -182,6 +224,10 @@ class GenerateCall:
             )
         self._checked = False
         return True
+
+    def _hear_done(self, sequences: Sequences) -> None:
+        if (done := self._done.hear()) is not None:
+            sequences.mark_done(done)
 
     def _rows(self, columns: Columns) -> Rows | None:
         sequences = self.sequences if self.sequences is not None else self._start(columns)
@@ -269,7 +315,7 @@ def follow_criteria(criteria: Any, call: GenerateCall) -> Any:
         def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
             done = super().__call__(input_ids, scores, **kwargs)
             try:
-                call.criteria_called(input_ids.shape[1], done.tolist())
+                call.criteria_called(input_ids.shape[1], done)
             except Exception as error:  # ours: the generation must go on
                 call.fail(error)
             return done

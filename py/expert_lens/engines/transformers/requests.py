@@ -18,6 +18,8 @@ from expert_lens.errors import OptionError
 from expert_lens.tap import DecodeRun, Rows, Tap
 
 if TYPE_CHECKING:
+    import torch
+
     from expert_lens.types import Phase, Span
 
 __all__ = ["RequestNames", "Sequences", "join_rows", "next_number", "real_tokens"]
@@ -197,9 +199,7 @@ class Sequences:
             self._done = all_done
             self._num_done = num_done
 
-    def take(
-        self, real: Mask | None, tokens: npt.NDArray[Any] | None, width: int, phase: Phase, *, skip: int = 0
-    ) -> Rows:
+    def take(self, real: Mask | None, tokens: torch.Tensor | None, width: int, phase: Phase, *, skip: int = 0) -> Rows:
         """The rows of a forward over [B, skip + width] columns, of which the first `skip` were seen before.
 
         `real` [B, width]: which are tokens; None: all. `tokens` [B, skip + width].
@@ -221,11 +221,11 @@ class Sequences:
         return Rows(
             self._spans(counts, phase),
             positions.astype(np.uint32),
-            None if tokens is None else tokens[:, skip : skip + width][real].astype(np.uint32),
+            tokens,
             kept,
         )
 
-    def take_next(self, tokens: npt.NDArray[Any] | None) -> Rows:
+    def take_next(self, tokens: torch.Tensor | None) -> Rows:
         """The rows of a forward over one column, [B, 1]: one token of each row that is not done."""
         return self.run().take(tokens)
 
@@ -283,13 +283,8 @@ def join_rows(first: Rows, second: Rows) -> Rows:
     shift = len(first.positions)
     later: list[Span] = [(span[0], span[1], span[2] + shift, *span[3:]) for span in second.spans]
     spans = [*first.spans, *later]
-    tokens = (
-        None
-        if first.token_ids is None or second.token_ids is None
-        else np.concatenate([first.token_ids, second.token_ids])
-    )
     positions = np.concatenate([first.positions, second.positions])
-    return Rows(spans, positions, tokens, np.concatenate([first.kept, second.kept]))
+    return Rows(spans, positions, first.token_ids, np.concatenate([first.kept, second.kept]))
 
 
 def _flat_index(real: Mask, skip: int) -> npt.NDArray[np.intp]:

@@ -1,0 +1,118 @@
+"""transformers `generate` on a GPU, with and without the lens: `python benchmarks/gpu_generate.py`.
+
+A random Qwen3-MoE of 24 layers, in eager mode: every round runs each way once, in an order of its own; a figure is the
+throughput relative to the mean of the round's two runs without anything.
+"""
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+
+from expert_lens._core import Collector
+from expert_lens.engines import transformers as engine
+
+TOKENS, ROUNDS = 64, 11
+
+
+def make_model() -> Any:
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=4096,
+        hidden_size=1024,
+        intermediate_size=1024,
+        moe_intermediate_size=512,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        num_experts=64,
+        num_experts_per_tok=8,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    with torch.device("cuda"):
+        return transformers.Qwen3MoeForCausalLM(config).to(torch.bfloat16).eval()
+
+
+@contextmanager
+def nothing(_: Any) -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def lens(model: Any) -> Iterator[None]:
+    """Every row published by the GPU, collected, counted and kept by request."""
+    tap = engine.attach(model, "bench")
+    collector = Collector("bench", prompt=False)
+    try:
+        yield
+    finally:
+        tap.close()
+        collector.close()
+        assert tap.error is None
+
+
+@contextmanager
+def hooks_with_cpu(model: Any) -> Iterator[None]:
+    """A hook on each experts module that copies the ids it is called with."""
+    held: list[torch.Tensor] = []
+    handles = [
+        layer.mlp.experts.register_forward_pre_hook(lambda _, args: held.append(args[1].cpu()))
+        for layer in model.model.layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+WAYS: dict[str, Callable[[Any], Any]] = {"lens": lens, "hooks with .cpu()": hooks_with_cpu}
+
+
+def seconds(model: Any, inputs: dict[str, Any], way: Callable[[Any], Any]) -> float:
+    with way(model):
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        model.generate(**inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+
+def main() -> None:
+    print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}")
+    model = make_model()
+    for batch in (1, 64):
+        ids = torch.randint(1, 4096, (batch, 32), device="cuda")
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        seconds(model, inputs, nothing)
+        steps: list[float] = []
+        ratios: dict[str, list[float]] = {name: [] for name in WAYS}
+        for _ in range(ROUNDS):
+            order: list[tuple[str, Callable[[Any], Any]]] = [*WAYS.items(), ("", nothing), ("", nothing)]
+            took: dict[str, list[float]] = {}
+            for name, way in random.sample(order, len(order)):
+                took.setdefault(name, []).append(seconds(model, inputs, way))
+            without = statistics.mean(took[""])
+            steps.append(without * 1e3 / TOKENS)
+            for name in WAYS:
+                ratios[name].append(without / took[name][0])
+        show(f"24 layers, batch {batch}: a step without anything", "ms", steps)
+        for name, values in ratios.items():
+            show(f"24 layers, batch {batch}: {name} : nothing", "throughput ratio", values)
+
+
+def show(name: str, unit: str, values: list[float]) -> None:
+    low, median, high = statistics.quantiles(values, n=4)
+    line = {"name": name, "unit": unit, "median": round(median, 4), "spread": [round(low, 4), round(high, 4)]}
+    print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

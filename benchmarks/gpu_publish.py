@@ -1,0 +1,115 @@
+"""What one publish costs when a GPU publishes: `python benchmarks/gpu_publish.py`.
+
+48 layers' top-k ids [n, 8] stand on the GPU, as a decode step or a prefill leaves them. `lens`: the tap joins and
+narrows them, and the GPU publishes them with their token ids; `event`: the same by the fallback. Peers: what SGLang's
+deferred copy does (clone, copy to the host without blocking, an event, and later a scatter into a host buffer), and a
+hook a layer with `.cpu()`. CPU: time on the engine's thread. GPU: time that the stream takes, from events around
+blocks of 20 steps. Ways take turns in a new order each round.
+"""
+
+import json
+import os
+import random
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from expert_lens._core import Writer
+from expert_lens.tap import DecodeRun, Tap
+
+LAYERS, EXPERTS, TOP_K = 48, 128, 8
+STEPS, ROUNDS = 20, 60
+FACTS: dict[str, Any] = {"layers": list(range(LAYERS)), "num_experts": EXPERTS, "top_k": TOP_K}
+
+
+def main() -> None:
+    print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    for rows in (1, 64, 256, 8192):
+        measure(rows)
+
+
+def tap_of(way: str, rows: int) -> Tap:
+    os.environ["EXPERT_LENS_PUBLISHER"] = way
+    return Tap(Writer(f"gpu-{way}-{rows}", **FACTS), **FACTS)
+
+
+def measure(rows: int) -> None:
+    ids = [torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(rows)]).cuda() for _ in range(LAYERS)]
+    column = torch.zeros((rows, 1), dtype=torch.int64, device="cuda")
+    spans = [(row + 1, f"r{row}", row, 1, 1, "decode") for row in range(rows)]
+
+    def lens(way: str) -> Callable[[], None]:
+        tap, run = tap_of(way, rows), DecodeRun(spans, np.zeros(rows, np.uint32), None)
+
+        def step() -> None:
+            tap.begin()
+            for slot, layer in enumerate(ids):
+                tap.layer(slot, layer)
+            held = tap.end()
+            assert held is not None
+            tap.publish_next(held, rows, column, run)
+
+        step()  # pins the arena
+        return step
+
+    static = torch.zeros((rows, LAYERS, TOP_K), dtype=torch.int32, device="cuda")
+    locations = torch.randperm(100_000, device="cuda")[:rows]
+    buffer = torch.zeros((100_000, LAYERS, TOP_K), dtype=torch.int32)
+    waiting: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]] = deque()
+
+    def deferred_copy() -> None:
+        for slot, layer in enumerate(ids):
+            static[:, slot].copy_(layer)
+        rows_copy = static.clone().to("cpu", non_blocking=True)
+        where = locations.clone().to("cpu", non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        waiting.append((rows_copy, where, event))
+        if len(waiting) > 1:
+            done_rows, done_where, done = waiting.popleft()
+            done.synchronize()
+            buffer[done_where] = done_rows
+
+    def hooks() -> None:
+        [layer.cpu() for layer in ids]
+
+    ways: dict[str, Callable[[], None]] = {
+        "lens": lens("stream"),
+        "lens, event": lens("event"),
+        "deferred copy by torch": deferred_copy,
+        "hooks with .cpu()": hooks,
+    }
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
+    gpu: dict[str, list[float]] = {name: [] for name in ways}
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for round_ in range(ROUNDS + 3):
+        for name in random.sample(list(ways), len(ways)):
+            torch.cuda.synchronize()
+            begin.record()
+            began = time.perf_counter_ns()
+            for _ in range(STEPS):
+                ways[name]()
+            took = (time.perf_counter_ns() - began) / 1e3 / STEPS
+            end.record()
+            end.synchronize()
+            if round_ >= 3:
+                cpu[name].append(took)
+                gpu[name].append(begin.elapsed_time(end) * 1e3 / STEPS)
+    for name in ways:
+        show(f"[{rows}, 48, 8], {name}: CPU", cpu[name])
+        show(f"[{rows}, 48, 8], {name}: stream", gpu[name])
+
+
+def show(name: str, values: list[float]) -> None:
+    low, median, high = statistics.quantiles(values, n=4)
+    line = {"name": name, "unit": "µs a step", "median": round(median, 2), "spread": [round(low, 2), round(high, 2)]}
+    print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+if __name__ == "__main__":
+    main()

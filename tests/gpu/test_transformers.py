@@ -1,0 +1,165 @@
+"""transformers on CUDA: every sequence has exactly the rows that the experts received for it, published by the GPU."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import oracle
+import tiny_models
+from expert_lens.errors import UnsupportedModelError
+from oracle import Oracle
+from support import Attach, check_generated, hooks_of, padded
+from tiny_models import EOS, FAMILIES
+
+
+@pytest.fixture(params=["stream", "event"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("EXPERT_LENS_PUBLISHER", request.param)
+    return str(request.param)
+
+
+def prompts(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, mask = padded(lengths)
+    return ids.cuda(), mask.cuda()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_batches_with_left_padding_give_the_rows_that_the_experts_received(
+    family: str, way: str, attach: Attach
+) -> None:
+    model = FAMILIES[family]().cuda()
+    capture = attach(model)
+    ids, mask = prompts([4, 9, 7, 1])
+    with Oracle(model).watching() as truth:
+        sequences = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    check_generated(capture, truth, sequences.cpu(), mask.cpu(), ["0.0", "0.1", "0.2", "0.3"])
+    assert capture.tap.publisher == way
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampling_with_return_sequences_gives_the_rows_that_the_experts_received(family: str, attach: Attach) -> None:
+    model = FAMILIES[family]().cuda()
+    capture = attach(model)
+    ids, mask = prompts([4, 6])
+    torch.manual_seed(1)
+    options: dict[str, Any] = {"do_sample": True, "top_k": 0, "temperature": 9.0, "num_return_sequences": 4}
+    with Oracle(model).watching() as truth:
+        sequences = model.generate(ids, attention_mask=mask, max_new_tokens=80, **options)
+    names = [f"0.{row}" for row in range(8)]
+    lengths = check_generated(capture, truth, sequences.cpu(), mask.cpu().repeat_interleave(4, 0), names)
+    assert min(lengths) < 80, "no sequence ended early, so the test shows less than it should"
+
+
+def test_more_than_256_experts_and_weights(attach: Attach) -> None:
+    model = tiny_models.many_experts().cuda()
+    capture = attach(model, weights=True)
+    ids, mask = prompts([4, 6])
+    with Oracle(model).watching() as truth:
+        sequences = model.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False).cpu()
+    lengths = check_generated(capture, truth, sequences, mask.cpu(), ["0.0", "0.1"])
+    expected = oracle.request_rows(oracle.columns(truth.weights, 2), mask.cpu(), lengths)
+    for row in range(2):
+        np.testing.assert_array_equal(capture.rows(f"0.{row}")["weights"], expected[row].astype(np.float16))
+    assert max(ids.max() for ids in truth.ids) > 255
+
+
+def test_five_million_ids(attach: Attach) -> None:
+    model = tiny_models.qwen3_moe(num_hidden_layers=24, mlp_only_layers=[], num_experts=128, num_experts_per_tok=8)
+    model = model.cuda().to(torch.bfloat16)
+    model.generation_config.eos_token_id = -1
+    capture = attach(model, arena_bytes=1 << 26)
+    compared = 0
+    for call in range(4):
+        ids, mask = prompts([32 - row % 16 for row in range(64)])
+        with Oracle(model).watching() as truth:
+            sequences = model.generate(ids, attention_mask=mask, max_new_tokens=96, do_sample=False)
+        names = [f"{call}.{row}" for row in range(64)]
+        check_generated(capture, truth, sequences.cpu(), mask.cpu(), names, lengths=[96] * 64)
+        compared += sum(capture.experts(name).size for name in names)
+    print(f"{compared} ids compared")
+    assert compared > 4_500_000
+
+
+def test_plain_forwards_and_a_loop_over_a_cache(attach: Attach) -> None:
+    model = tiny_models.qwen3_moe().cuda()
+    capture = attach(model)
+    ids, mask = prompts([5, 8])
+    with Oracle(model).watching() as truth, torch.no_grad():
+        first = model(ids, attention_mask=mask, use_cache=True)
+        token = first.logits[:, -1:].argmax(-1)
+        mask = torch.cat([mask, torch.ones_like(token)], 1)
+        model(token, attention_mask=mask, past_key_values=first.past_key_values)
+    grid = oracle.columns(truth.ids, 2)
+    for row, real in enumerate(mask.cpu().numpy() != 0):
+        np.testing.assert_array_equal(capture.experts(f"0.{row}"), grid[row][real])
+        np.testing.assert_array_equal(
+            capture.rows(f"0.{row}")["token_ids"], torch.cat([ids, token], 1).cpu().numpy()[row][real]
+        )
+
+
+def test_assisted_generation_keeps_accepted_tokens_only(attach: Attach) -> None:
+    model = tiny_models.qwen3_moe().cuda()
+    capture = attach(model)
+    ids, _ = prompts([9])
+    sequences = model.generate(ids, max_new_tokens=20, do_sample=False, prompt_lookup_num_tokens=3).cpu()
+    assert capture.tap.error is None
+    tokens = oracle.request_tokens(sequences, torch.ones(1, 9), oracle.output_lengths(sequences, 9, [EOS]))[0]
+    rows = capture.rows("0.0")
+    assert rows["token_ids"].tolist() == tokens
+
+
+def test_attaching_changes_no_output_and_closing_leaves_nothing(attach: Attach) -> None:
+    model = tiny_models.qwen3_moe().cuda()
+    ids, mask = prompts([4, 9])
+    before, hooks = model(ids, attention_mask=mask).logits, hooks_of(model)
+    capture = attach(model)
+    attached = model(ids, attention_mask=mask).logits
+    capture.close()
+    assert torch.equal(before, attached)
+    assert hooks_of(model) == hooks
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_static_cache_which_compiles_by_itself(attach: Attach) -> None:
+    # So fine that neither batching nor compiling turns a choice.
+    model = tiny_models.qwen3_moe(experts_implementation="eager").cuda().double()
+    capture = attach(model)
+    ids, mask = prompts([4, 9])
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
+    sequences = model.generate(ids, attention_mask=mask, **options).cpu()
+    assert capture.tap.error is None
+    lengths = oracle.output_lengths(sequences, 9, [EOS])
+    for row, tokens in enumerate(oracle.request_tokens(sequences, mask.cpu(), lengths)):
+        rows = capture.rows(f"0.{row}")
+        assert rows["token_ids"].tolist() == tokens
+        np.testing.assert_array_equal(np.sort(rows["experts"], -1), np.sort(oracle.replayed(model, tokens), -1))
+
+
+def test_a_forward_that_is_captured_switches_the_capture_off_and_says_why(attach: Attach) -> None:
+    model = tiny_models.qwen3_moe(experts_implementation="batched_mm").cuda()
+    capture = attach(model)
+    ids = torch.arange(3, 9, device="cuda")[None]
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            model(ids, use_cache=False)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with pytest.warns(RuntimeWarning, match="captured in a CUDA graph"), torch.cuda.graph(graph):
+            model(ids, use_cache=False)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert isinstance(capture.tap.error, UnsupportedModelError)
+    assert len(capture.experts("0.0")) == 6
+    assert list(capture.requests()) == ["0.0"]
+
+
+def test_continuous_batching_on_a_gpu_is_refused(attach: Attach) -> None:
+    model = tiny_models.qwen3_moe().cuda()
+    capture = attach(model)
+    with pytest.warns(RuntimeWarning, match="generate_batch on a GPU cannot be captured"):
+        model.init_continuous_batching(continuous_batching_config=transformers.ContinuousBatchingConfig(num_blocks=16))
+    assert isinstance(capture.tap.error, UnsupportedModelError)
