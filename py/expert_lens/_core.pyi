@@ -21,7 +21,9 @@ from expert_lens.types import (
 __all__ = [
     "DEBUG_BUILD",
     "LAYOUT_VERSION",
+    "MAILBOX_ENTRIES",
     "MISSING",
+    "NO_SLOT",
     "NO_TOKEN",
     "ArenaCorruptError",
     "ArenaError",
@@ -33,6 +35,7 @@ __all__ = [
     "Collector",
     "CudaError",
     "ExpertLensError",
+    "Mailbox",
     "ReaderTableFullError",
     "RowStream",
     "Writer",
@@ -40,6 +43,7 @@ __all__ = [
     "captures",
     "clean",
     "default_directory",
+    "exchange_capture_mode",
 ]
 
 __version__: Final[str]
@@ -134,21 +138,56 @@ class Writer:
     def publish_device(
         self,
         experts: int,
-        positions: npt.NDArray[np.uint32],
+        num_rows: int,
+        positions: npt.NDArray[np.uint32] | int,
         *,
         device: int,
         stream: int,
         token_ids: int | None = None,
+        kv_slots: int | None = None,
         weights: int | None = None,
     ) -> bool:
         """Publish one step that a CUDA device holds, on the raw stream that computed it; returns when that is enqueued.
 
-        experts: address of u8 or u16 [n, L, K] on the device, as in `publish`; positions [n]; token_ids: address of u32
-        [n]; weights: address of f16 [n, L, K] if the writer was made with weights. All C-contiguous, and left as they
-        are until the stream has come so far: memory that torch's allocator gave to that stream, also if it was freed
-        there since. The stream must not be in a capture.
+        experts: address of u8 or u16 [n, L, K] on the device, as in `publish`; positions [n], or the address of u32
+        [n]; token_ids, kv_slots: addresses of u32 [n]; weights: address of f16 [n, L, K] if the writer was made with
+        weights. All C-contiguous, and left as they are until the stream has come so far: memory that torch's allocator
+        gave to that stream, also if it was freed there since. The stream must not be in a capture.
 
         Returns as `publish`. Raises CudaError when the driver refuses; nothing more is published then.
+        """
+
+    def mailbox(self, device: int, table: Sequence[int]) -> Mailbox | None:
+        """A mailbox for a CUDA graph of that device, with `table` (64-bit values) behind its state; before or while the
+        graph is captured. None if EXPERT_LENS_PUBLISHER asks for another way to publish.
+
+        Raises CudaError when the driver refuses.
+        """
+
+    def publish_graph(
+        self,
+        mailbox: Mailbox,
+        num_rows: int,
+        *,
+        token_ids: bool,
+        positions: npt.NDArray[np.uint32] | None,
+        kv_slots: bool,
+    ) -> bool:
+        """Publish the rows that the next replay of the mailbox's graph writes, and launch that replay next.
+
+        token_ids, kv_slots: whether the graph writes them; positions: u32 [n], or None if the graph writes them. Its
+        kernels must write these sections, as `expert_lens.kernels` does, for num_rows rows. No call of the driver.
+
+        Returns as `publish`; a step larger than a quarter of the ring is dropped. Raises ValueError as `publish`, and
+        CudaError when replays passed by the mailbox: its replays then write nothing.
+        """
+
+    def retract(self, mailbox: Mailbox, record: int | None, stream: int) -> None:
+        """Take back what was published for a replay whose launch has failed, and match the mailbox's replays again.
+
+        record: what `Mailbox.cancel` gave; its rows count as dropped. stream: the raw stream that the replay was for.
+
+        Raises CudaError when the driver refuses; nothing more is published then.
         """
 
     def finish(
@@ -169,13 +208,46 @@ class Writer:
     @property
     def path(self) -> str: ...
     @property
-    def publisher(self) -> Literal["host", "stream", "event"]:
-        """What publishes: this process's stores, or since a device did, its stream or an event of it."""
+    def publisher(self) -> Literal["host", "graph", "stream", "event"]:
+        """What publishes: this process's stores; or once a device did, its CUDA graphs, its stream, an event of it."""
 
     @property
     def steps(self) -> int: ...
     @property
     def dropped_tokens(self) -> int: ...
+
+@final
+class Mailbox:
+    """Where the kernels of one CUDA graph look, at each replay, for what they are to write.
+
+    The graph's memory in a sense: keep it for as long as the graph can be replayed. Addresses are the device's.
+    """
+
+    def pass_over(self) -> None:
+        """The next replay has no rows to publish; it is counted, and writes nothing."""
+
+    def cancel(self) -> int | None:
+        """The newest replay has failed: take its post out, if it had one and it is still there, and give its record."""
+
+    @property
+    def entries(self) -> int:
+        """Address of MAILBOX_ENTRIES entries of 64 bytes, in host memory."""
+
+    @property
+    def taken(self) -> int:
+        """Address of the word in host memory where the device tells how many replays it has begun."""
+
+    @property
+    def state(self) -> int:
+        """Address of the state, 128 bytes of device memory."""
+
+    @property
+    def table(self) -> int:
+        """Address of the table, in device memory."""
+
+    @property
+    def replays(self) -> int:
+        """Replays so far, those passed over included."""
 
 @final
 class Collector:
@@ -276,5 +348,14 @@ def default_directory() -> str:
 
 MISSING: Final[int]
 """Phase of a position whose row is missing."""
+NO_SLOT: Final[int]
+"""In RowBlock.kv_slots: the engine did not tell."""
+MAILBOX_ENTRIES: Final[int]
+"""Replays of a graph that may be on their way at once; what goes beyond gives no rows, and they count as dropped."""
 NO_TOKEN: Final[int]
 """Token id of a row whose engine did not tell it."""
+
+def exchange_capture_mode(mode: int) -> int:
+    """Set how this thread's CUDA calls stand to stream captures (0 global, 1 thread-local, 2 relaxed: they end none);
+    gives how they stood. Raises CudaError without a driver.
+    """

@@ -64,7 +64,7 @@ class EngineTap(Protocol):
         """Rows lost on the way to the writer."""
 
     @property
-    def publisher(self) -> Literal["host", "stream", "event"]:
+    def publisher(self) -> Literal["host", "graph", "stream", "event"]:
         """What publishes: this process's stores, or a CUDA stream, or an event of it."""
 
     def request(self, name: str) -> AbstractContextManager[None]:

@@ -27,7 +27,7 @@ import torch
 from expert_lens.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from expert_lens._core import Writer
+    from expert_lens._core import Mailbox, Writer
     from expert_lens.types import Span
 
 __all__ = ["DecodeRun", "Rows", "Step", "Tap"]
@@ -55,20 +55,27 @@ class Step:
 class Rows:
     """Whose rows a step holds: what `publish` needs besides the experts.
 
-    `spans`: as in `Writer.set_batch`, over the kept rows. `positions`: u32 [n], of the kept rows. `token_ids`: what the
-    forward ran over, an id for each of its rows, where the model has it; or None. `kept`: indices of the kept rows
-    among the forward's rows, in order; None if all are kept.
+    `spans`: as in `Writer.set_batch`, over the kept rows. `positions`: u32 [n], of the kept rows; of a step on a GPU
+    they may be there, as int32. `token_ids`: what the forward ran over, an id for each of its rows, where the model has
+    it; or None. `kept`: indices of the kept rows among the forward's rows, in order; None: the first n, which are all
+    but for padding behind them. `kv_slots`: of a step on a GPU, int32 [n] there, where the engine has such slots.
     """
 
-    __slots__ = ("kept", "positions", "spans", "token_ids")
+    __slots__ = ("kept", "kv_slots", "positions", "spans", "token_ids")
 
     def __init__(
-        self, spans: Sequence[Span], positions: U32, token_ids: torch.Tensor | None, kept: Indices | None = None
+        self,
+        spans: Sequence[Span],
+        positions: U32 | torch.Tensor,
+        token_ids: torch.Tensor | None,
+        kept: Indices | None = None,
+        kv_slots: torch.Tensor | None = None,
     ) -> None:
         self.spans = spans
         self.positions = positions
         self.token_ids = token_ids
         self.kept = kept
+        self.kv_slots = kv_slots
 
 
 class DecodeRun:
@@ -90,6 +97,10 @@ class DecodeRun:
         positions = self.start + np.uint32(self.num_taken)
         self.num_taken += 1
         return Rows(self.spans, positions, token_ids, self.kept)
+
+
+def _silence(layers: tuple[int, ...]) -> UnsupportedModelError:
+    return UnsupportedModelError(f"layers {layers} gave no experts in this forward; rows from here on are missing.")
 
 
 class _Current(threading.local):
@@ -130,13 +141,6 @@ class Tap:
     def begin(self) -> Step | None:
         """Start to hold a forward of this thread; None if the capture is off. A forward left behind is dropped."""
         step = None
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
-            self.fail(
-                UnsupportedModelError(
-                    "a forward is being captured in a CUDA graph, whose replays cannot be seen; rows from here on are "
-                    "missing. Run the model without graphs."
-                )
-            )
         if self.active:
             step = Step(len(self.layers))
             if self.weights:
@@ -189,9 +193,27 @@ class Tap:
         """
         wide = self._cat(step)
         if not self._checked or not (self._narrow or wide.is_cuda):
-            self._check(step, wide, num_rows)
-        experts = wide.to(self._dtype).reshape(num_rows, len(self.layers), self.top_k)
-        return experts, self._pack_weights(step, experts.shape) if step.weights else None
+            self.check_shape(step, num_rows)
+            self._check_range(wide)
+        return self._narrowed(step, wide, num_rows)
+
+    def join(self, step: Step, num_rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `pack`, without a look at the values: inside a CUDA graph there are none yet."""
+        return self._narrowed(step, self._cat(step), num_rows)
+
+    def _narrowed(self, step: Step, wide: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = (num_rows, len(self.layers), self.top_k)
+        weights = self.chosen_weights(step)
+        return (
+            wide.to(self._dtype).reshape(shape),
+            torch.cat(weights, dim=-1).detach().to(torch.float16).reshape(shape) if weights else None,
+        )
+
+    def device(self, step: Step) -> torch.device:
+        """Where the step's ids are."""
+        first = step.experts[0]
+        assert first is not None
+        return first.device
 
     def _cat(self, step: Step) -> torch.Tensor:
         """All layers' ids side by side: [n, L * K], or [B, S, L * K]."""
@@ -200,23 +222,30 @@ class Tap:
         except TypeError:
             if not (silent := self.silent_layers(step)):
                 raise
-            raise UnsupportedModelError(
-                f"layers {silent} gave no experts in this forward; rows from here on are missing."
-            ) from None
+            raise _silence(silent) from None
 
-    def _check(self, step: Step, wide: torch.Tensor, num_rows: int) -> None:
-        """Refuse ids of another shape than [num_rows, K], and ids that are no expert's.
+    def check_shape(self, step: Step, num_rows: int) -> None:
+        """Refuse a step whose layers did not each give ids of num_rows * K values.
+
+        Raises UnsupportedModelError.
+        """
+        if silent := self.silent_layers(step):
+            raise _silence(silent)
+        for ids in step.experts:
+            assert ids is not None
+            if ids.shape[-1] != self.top_k or ids.numel() != num_rows * self.top_k:
+                raise UnsupportedModelError(
+                    f"the routed layers gave expert ids of shape {tuple(ids.shape)} in a forward of {num_rows} tokens, "
+                    f"expected {(num_rows, self.top_k)}."
+                )
+
+    def _check_range(self, wide: torch.Tensor) -> None:
+        """Refuse ids that are no expert's.
 
         Ids are places in the router's E logits, so the first step tells whether the layers give such. Later on the
         reader refuses what the packed type can show past the last expert; where 256 or 65536 experts fill the type it
         can show nothing of that, and every step is looked at here, unless it is a GPU's: to look would be to wait.
         """
-        if wide.shape[-1] != len(self.layers) * self.top_k or wide.numel() != num_rows * wide.shape[-1]:
-            ids = step.experts[0]
-            raise UnsupportedModelError(
-                f"the routed layers gave expert ids of shape {tuple(ids.shape) if ids is not None else ()} in a "
-                f"forward of {num_rows} tokens, expected {(num_rows, self.top_k)}."
-            )
         if wide.numel() and (int(wide.max()) >= self.num_experts or int(wide.min()) < 0):
             raise UnsupportedModelError(
                 f"the routed layers gave expert ids from {int(wide.min())} to {int(wide.max())}, "
@@ -224,13 +253,17 @@ class Tap:
             )
         self._checked = True
 
-    def _pack_weights(self, step: Step, shape: tuple[int, ...]) -> torch.Tensor:
+    def chosen_weights(self, step: Step) -> list[torch.Tensor]:
+        """Each layer's weights of the chosen experts, of the shape of its ids; empty unless weights are captured.
+
+        Raises UnsupportedModelError when a layer gave none.
+        """
         chosen = []
-        for ids, scores in zip(step.experts, step.weights, strict=True):
+        for ids, scores in zip(step.experts, step.weights, strict=bool(step.weights)):
             if scores is None or ids is None:
                 raise UnsupportedModelError("weights were asked for, but a routed layer gave none.")
             chosen.append(scores if scores.shape == ids.shape else scores.gather(-1, ids))
-        return torch.cat(chosen, dim=-1).detach().to(torch.float16).reshape(shape)
+        return chosen
 
     def publish_next(self, step: Step, num_rows: int, token_ids: torch.Tensor, run: DecodeRun) -> None:
         """Publish the next step of a run, which ran over these ids [num_rows, 1].
@@ -259,7 +292,7 @@ class Tap:
     def publish(
         self, experts: torch.Tensor, weights: torch.Tensor | None, rows: Rows, run: DecodeRun | None = None
     ) -> None:
-        """Publish a packed step: drop the rows that are not kept, and hand the rest to the writer.
+        """Publish a packed step: leave out the rows that are not kept, and hand the rest to the writer.
 
         `run`: the run whose step this is, if others will follow by `publish_next`.
         """
@@ -276,6 +309,10 @@ class Tap:
             experts = experts[kept]
             weights = weights[kept] if weights is not None else None
             token_ids = token_ids[kept] if token_ids is not None else None
+        elif len(rows.positions) < len(experts):
+            experts = experts[: len(rows.positions)]
+            weights = weights[: len(experts)] if weights is not None else None
+            token_ids = token_ids[: len(experts)] if token_ids is not None else None
         if not len(experts):
             return
         write: Callable[[], None]
@@ -298,6 +335,41 @@ class Tap:
             self._submit(write)
         else:
             self.lost_tokens += len(experts)
+
+    def post(
+        self,
+        mailbox: Mailbox,
+        spans: Sequence[Span],
+        num_rows: int,
+        *,
+        token_ids: bool,
+        positions: U32 | None,
+        kv_slots: bool,
+    ) -> None:
+        """Publish what the next replay of a CUDA graph will write: `Writer.publish_graph`.
+
+        It cannot be left to another thread, as `publish` can: if one is just publishing, the rows are lost and counted.
+        """
+        if self._jobs:
+            self._run_jobs()
+        if self._jobs or not self._turn.acquire(blocking=False):
+            self.lost_tokens += num_rows
+            return
+        try:
+            self._set_batch(spans)
+            self.writer.publish_graph(mailbox, num_rows, token_ids=token_ids, positions=positions, kv_slots=kv_slots)
+        except Exception as error:
+            self.fail(error)
+        finally:
+            self._turn.release()
+        if self._jobs:
+            self._run_jobs()
+
+    def retract(self, mailbox: Mailbox, stream: int) -> None:
+        """Take back what was posted for a replay that failed, on its raw stream."""
+        record = mailbox.cancel()  # at once: the next replay must not find it
+        if self.active:
+            self._submit(lambda: self.writer.retract(mailbox, record, stream))
 
     def finish(self, number: int, request: str, num_positions: int, state: Literal["finished", "aborted"]) -> None:
         """State that a request has ended, after all that was published before."""
@@ -334,6 +406,7 @@ class Tap:
         rows: Rows,
         next_step: tuple[DecodeRun, int] | None,
     ) -> None:
+        assert not isinstance(rows.positions, torch.Tensor), "positions on a GPU come with experts there"
         self._set_batch(rows.spans)
         self.writer.publish(
             experts.numpy() if experts.dtype == torch.uint8 else experts.numpy().view(np.uint16),
@@ -353,12 +426,15 @@ class Tap:
     ) -> None:
         """Have the GPU publish: the tensors were allocated on `stream`, so their memory outlives the copies there."""
         self._set_batch(rows.spans)
+        positions = rows.positions
         self.writer.publish_device(
             experts.data_ptr(),
-            rows.positions,
+            len(experts),
+            positions.data_ptr() if isinstance(positions, torch.Tensor) else positions,
             device=experts.get_device(),
             stream=stream,
             token_ids=None if token_ids is None else token_ids.data_ptr(),
+            kv_slots=None if rows.kv_slots is None else rows.kv_slots.data_ptr(),
             weights=None if weights is None else weights.data_ptr(),
         )
 

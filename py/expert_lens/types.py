@@ -144,9 +144,9 @@ class RecordingStats(TypedDict):
 class Stats(CollectorStats):
     """Figures of a lens."""
 
-    publisher: Literal["host", "stream", "event"] | None
-    """What publishes: this process's stores; or, once a CUDA device did, its stream, or an event of it where the device
-    cannot store by itself. None for a capture of another process."""
+    publisher: Literal["host", "graph", "stream", "event"] | None
+    """What publishes: this process's stores; or, once a CUDA device did, its CUDA graphs; its stream; or an event of it
+    where the device cannot store by itself. None for a capture of another process."""
     memory_limit_bytes: int
     """What the requests' rows may take."""
     recordings: list[RecordingStats]
@@ -155,8 +155,8 @@ class Stats(CollectorStats):
 
 
 class RowBlock(TypedDict):
-    """Rows in the order of their records: the columns of RequestRows, with `requests` u32 [n], indices into `ids`, and
-    `arenas` u32 [n], indices into `ranges`.
+    """Rows in the order of their records: the columns of RequestRows, with `requests` u32 [n], indices into `ids`,
+    `arenas` u32 [n], indices into `ranges`, and `kv_slots` u32 [n], NO_SLOT where the engine did not tell.
 
     ends: (index into `ranges`, request id, positions that count, state). ranges: (rank, pid, start time, creation time,
     first record, last record) of each arena. unattributed, corrupt: rows of no request and broken records, both left
@@ -168,6 +168,7 @@ class RowBlock(TypedDict):
     arenas: npt.NDArray[np.uint32]
     positions: npt.NDArray[np.uint32]
     token_ids: npt.NDArray[np.uint32]
+    kv_slots: npt.NDArray[np.uint32]
     phases: npt.NDArray[np.uint8]
     steps: npt.NDArray[np.uint64]
     times: npt.NDArray[np.int64]

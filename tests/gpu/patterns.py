@@ -75,6 +75,7 @@ def publish(
     scores = source.weights(step, rows) if weights else None
     return writer.publish_device(
         packed.data_ptr(),
+        rows,
         np.arange(rows, dtype=np.uint32),
         device=packed.device.index,
         stream=torch.cuda.current_stream().cuda_stream,

@@ -147,6 +147,7 @@ def test_another_threads_stream_capture_goes_on(way: str) -> None:
         for _ in range(3):  # the first one pins the arena, too
             writer.publish_device(
                 packed.data_ptr(),
+                64,
                 np.arange(64, dtype=np.uint32),
                 device=0,
                 stream=side.cuda_stream,
@@ -185,11 +186,13 @@ def test_drops_are_counted_and_what_comes_is_whole(way: str) -> None:
     assert writer.publisher == way
 
 
+STEPS = 200_000
 SIZES = [1] * 60 + [2, 7, 16, 33, 64, 64, 64, 100, 256] * 4 + [1000, 2048, 4096]
 
 
+@pytest.mark.timeout(600)
 def test_stress(way: str) -> None:
-    """Every row of 100 000 steps of mixed sizes, up to 16384 rows, from two streams in turn."""
+    """Every row of 200 000 steps of mixed sizes, up to 16384 rows, from two streams in turn."""
     writer = make_writer("stress", arena_bytes=512 << 20, on_full="wait", wait_timeout=60.0)
     reader = start_reader("stress")
     source = OnDevice(128, 16384)
@@ -197,7 +200,7 @@ def test_stress(way: str) -> None:
     torch.cuda.synchronize()
     rng = random.Random(1)
     sent = 0
-    for step in range(100_000):
+    for step in range(STEPS):
         rows = 16384 if step % 10_000 == 5_000 else rng.choice(SIZES)
         with torch.cuda.stream(streams[step // 100 % 2]):
             assert publish(writer, source, step, rows)
@@ -205,7 +208,7 @@ def test_stress(way: str) -> None:
     writer.close()
     found = report(reader)
     assert found == {
-        "rows": sent, "steps": 100_000, "wrong": 0, "wrong_tokens": 0, "corrupt": 0, "dropped": 0,
+        "rows": sent, "steps": STEPS, "wrong": 0, "wrong_tokens": 0, "corrupt": 0, "dropped": 0,
     }  # fmt: skip
     assert writer.publisher == way
 
@@ -230,7 +233,7 @@ def test_a_reader_that_is_killed_holds_nothing_up(way: str) -> None:
     assert writer.publisher == way
 
 
-WRITER = """
+STREAM_WRITER = """
 import sys
 import torch
 from patterns import OnDevice, make_writer, publish
@@ -244,12 +247,26 @@ publish(writer, source, 100, 64)
 print("on its way", flush=True)
 sys.stdin.readline()
 """
+GRAPH_WRITER = """
+import sys
+import torch
+from graph_forward import GraphForward, make_tap
+forward = GraphForward(make_tap("dying"), 64)
+for step in range(100):
+    forward.replay(64)
+torch.cuda.synchronize()
+print("published", flush=True)
+with torch.cuda.stream(forward.stream):
+    torch.cuda._sleep(20_000_000_000)
+forward.replay(64)
+print("on its way", flush=True)
+sys.stdin.readline()
+"""
 
 
-def test_what_a_killed_writer_published_is_readable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EXPERT_LENS_PUBLISHER", "stream")
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{WRITER}"
+@pytest.mark.parametrize("writer", [STREAM_WRITER, GRAPH_WRITER], ids=["stream", "graph"])
+def test_what_a_killed_writer_published_is_readable(writer: str) -> None:
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{writer}"
     with start(code) as process:
         assert [hear(process), hear(process)] == ["published", "on its way"]
         reader = start_reader("dying")
@@ -271,12 +288,12 @@ def test_an_arena_that_cannot_be_pinned_says_where_it_must_lie(tmp_path: Path, m
 def test_a_driver_that_refuses_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     writer = make_writer("refused")
     with pytest.raises(CudaError, match=r"cuDeviceGet failed: CUDA_ERROR_INVALID_DEVICE"):
-        writer.publish_device(0, np.zeros(1, np.uint32), device=99, stream=0)
+        writer.publish_device(0, 1, np.zeros(1, np.uint32), device=99, stream=0)
     writer.close()
     monkeypatch.setenv("EXPERT_LENS_PUBLISHER", "pigeon")
     other = make_writer("other")
     with pytest.raises(OptionError, match="EXPERT_LENS_PUBLISHER is 'pigeon'"):
-        other.publish_device(0, np.zeros(1, np.uint32), device=0, stream=0)
+        other.publish_device(0, 1, np.zeros(1, np.uint32), device=0, stream=0)
     other.close()
 
 
@@ -285,11 +302,17 @@ def test_lengths_that_do_not_agree_publish_nothing() -> None:
     source = OnDevice(128, 8)
     with pytest.raises(OptionError, match="router weights"):
         publish(writer, source, 0, 8)
+    writer.set_batch([(1, "a", 0, 8, 0, "decode")])
+    packed = source.experts(0, 8)
+    with pytest.raises(OptionError, match="7 positions, and 8 rows need 8"):
+        writer.publish_device(
+            packed.data_ptr(), 8, np.arange(7, dtype=np.uint32), device=0, stream=0, weights=packed.data_ptr()
+        )
     writer.set_batch([(1, "a", 0, 9, 0, "decode")])
     packed = source.experts(0, 8)
     with pytest.raises(OptionError, match="spans end at row 9"):
         writer.publish_device(
-            packed.data_ptr(), np.arange(8, dtype=np.uint32), device=0, stream=0, weights=packed.data_ptr()
+            packed.data_ptr(), 8, np.arange(8, dtype=np.uint32), device=0, stream=0, weights=packed.data_ptr()
         )
     assert writer.steps == 0
     writer.close()

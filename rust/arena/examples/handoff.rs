@@ -75,7 +75,7 @@ impl Decode {
 
     fn publish(&mut self, publisher: &mut Publisher) -> Result<()> {
         let Self { experts, token_ids, positions } = self;
-        publisher.publish(&Rows { experts, token_ids: Some(token_ids), positions, weights: None })?;
+        publisher.publish(&Rows { experts, token_ids: Some(token_ids), positions, kv_slots: None, weights: None })?;
         positions.iter_mut().for_each(|position| *position += 1);
         Ok(())
     }

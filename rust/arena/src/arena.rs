@@ -1,13 +1,13 @@
 //! An arena as a file: made and removed by the process that publishes, opened by those that read.
 
 use crate::captures::{self, check_name, lock, open_mapped, private_folder};
-use crate::cuda::{Pinned, Way};
+use crate::cuda::{Mailbox, Pinned, Way};
 use crate::error::{Error, Result};
 use crate::layout::{Facts, Header, MIN_ARENA_BYTES, Producer, READERS, entry, reader_entry, word};
 use crate::memory::{Mapped, Memory};
 use crate::process;
 use crate::reader::{Mode, Reader};
-use crate::writer::{DeviceRows, OnFull, Published, Writer, now_ns};
+use crate::writer::{DeviceRows, GraphRows, Landing, OnFull, Published, Writer, now_ns};
 use rustix::fs::{self as sys, Mode as Permissions, OFlags};
 use rustix::io::{Errno, retry_on_intr};
 use std::ops::{Deref, DerefMut};
@@ -93,14 +93,66 @@ impl Publisher {
     /// stays until the stream has come to what is enqueued here; `stream` is a stream of that device, or 0, and is not
     /// being captured.
     pub unsafe fn publish_device(&mut self, rows: &DeviceRows<'_>, device: i32, stream: u64) -> Result<Published> {
-        if self.pinned.is_none() {
-            self.pinned = Some(Pinned::new(Arc::clone(&self.memory))?);
-        }
+        self.pinned()?;
         let pinned = self.pinned.as_mut().expect("made above");
         self.writer.publish_device(rows, &mut pinned.landing(device, stream)?)
     }
 
-    /// How the device that published last does it; None if none has.
+    /// Make a mailbox for a CUDA graph of that device, before or while it is captured; `table` (addresses of device
+    /// memory, say) stands behind its state. None if `EXPERT_LENS_PUBLISHER` asks for another way to publish.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] when the driver refuses.
+    pub fn mailbox(&mut self, device: i32, table: &[u64]) -> Result<Option<Mailbox>> {
+        self.pinned()?.mailbox(device, table)
+    }
+
+    /// Publish the rows that the next replay of the mailbox's graph writes. The replay must be launched next; if that
+    /// fails, [`Publisher::retract`].
+    ///
+    /// # Errors
+    /// Lengths that do not agree, and replays that passed by the mailbox: nothing is published then, and the replay writes
+    /// nothing.
+    ///
+    /// # Safety
+    /// The graph's kernels write no more than the sections that `rows` states.
+    pub unsafe fn publish_graph(&mut self, mailbox: &mut Mailbox, rows: &GraphRows<'_>) -> Result<Published> {
+        self.pinned()?;
+        let pinned = self.pinned.as_mut().expect("made above");
+        match pinned.by_post(mailbox, rows.rows)? {
+            Some(mut post) => self.writer.publish_graph(rows, &mut post),
+            None => Ok(self.writer.drop_step(rows.rows)),
+        }
+    }
+
+    /// A replay of the mailbox's graph has failed, or was never launched: `record`, which [`Mailbox::cancel`] gave, holds
+    /// nothing then, and the replays after it are matched again.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] when the driver refuses: nothing more is published then, so the caller had better stop.
+    ///
+    /// # Safety
+    /// `stream` is the raw stream on which the replay was, or would have been, launched.
+    pub unsafe fn retract(&mut self, mailbox: &Mailbox, record: Option<u64>, stream: u64) -> Result<()> {
+        self.pinned()?;
+        let pinned = self.pinned.as_mut().expect("made above");
+        // SAFETY: as the caller promises.
+        unsafe { mailbox.match_again(stream)? };
+        if let Some(index) = record {
+            let at = self.writer.void(index)?;
+            pinned.landing(mailbox.ordinal(), stream)?.publish(at, index + 1)?;
+        }
+        Ok(())
+    }
+
+    fn pinned(&mut self) -> Result<&mut Pinned> {
+        if self.pinned.is_none() {
+            self.pinned = Some(Pinned::new(Arc::clone(&self.memory))?);
+        }
+        Ok(self.pinned.as_mut().expect("made above"))
+    }
+
+    /// How devices published; None if none has.
     #[must_use]
     pub fn way(&self) -> Option<Way> {
         self.pinned.as_ref().and_then(Pinned::way)

@@ -14,7 +14,7 @@ use crate::memory::Memory;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 /// Version of everything below. Another number means that neither side can read the other.
-pub const LAYOUT_VERSION: u64 = 1;
+pub const LAYOUT_VERSION: u64 = 2;
 /// The first word of every arena ("explens" and a line end, so that a text-mode copy shows).
 pub const MAGIC: u64 = u64::from_le_bytes(*b"explens\n");
 
@@ -101,6 +101,8 @@ pub enum Kind {
     Step = 1,
     /// The end of a request.
     Event = 2,
+    /// Nothing: space of a step whose forward failed after the space was taken.
+    Void = 3,
 }
 
 /// Sections of a step's payload, in this order; each begins on a word.
@@ -113,10 +115,17 @@ pub mod section {
     pub const TOKEN_IDS: u16 = 4;
     /// Positions u32 [n].
     pub const POSITIONS: u16 = 8;
+    /// KV slots u32 [n]: where in the engine's cache each row's token stands.
+    pub const KV_SLOTS: u16 = 16;
     /// Router weights f16 [n, L, K].
-    pub const WEIGHTS: u16 = 16;
+    pub const WEIGHTS: u16 = 32;
     /// All of them.
-    pub const ALL: u16 = 31;
+    pub const ALL: u16 = 63;
+}
+
+/// The word of a descriptor that says what the record is.
+pub(crate) fn what_word(kind: Kind, sections: u16, rows: u32) -> u64 {
+    u64::from(rows) << 32 | u64::from(sections) << 16 | kind as u64
 }
 
 /// A record's descriptor, as read.
@@ -144,8 +153,7 @@ pub struct Descriptor {
 
 impl Descriptor {
     pub(crate) fn store(&self, memory: &impl Memory, at: usize) {
-        let what = u64::from(self.rows) << 32 | u64::from(self.sections) << 16 | self.kind as u64;
-        memory.store(at + descriptor::WHAT, what, Relaxed);
+        memory.store(at + descriptor::WHAT, what_word(self.kind, self.sections, self.rows), Relaxed);
         memory.store(at + descriptor::STEP, self.step, Relaxed);
         memory.store(at + descriptor::TIME, self.time_ns, Relaxed);
         memory.store(at + descriptor::POSITION, self.position, Relaxed);
@@ -160,6 +168,7 @@ impl Descriptor {
         let kind = match what & 0xffff {
             1 => Kind::Step,
             2 => Kind::Event,
+            3 => Kind::Void,
             other => return Err(Error::corrupt(format!("a record of unknown kind {other}"))),
         };
         Ok(Self {
@@ -241,6 +250,7 @@ impl Facts {
         add(section::EXPERTS, rows * self.row_bytes());
         add(section::TOKEN_IDS, rows * 4);
         add(section::POSITIONS, rows * 4);
+        add(section::KV_SLOTS, rows * 4);
         add(section::WEIGHTS, rows * self.ids_per_row() * 2);
         words
     }

@@ -27,14 +27,14 @@
 //!
 //! let prompt = Span { number: 1, request: "a".into(), first_row: 0, rows: 1, prompt_tokens: 1, phase: Phase::Prefill };
 //! publisher.set_batch(vec![prompt])?;
-//! publisher.publish(&Rows { experts: &[5, 2, 7, 0], token_ids: Some(&[42]), positions: &[0], weights: None })?;
+//! publisher.publish(&Rows { experts: &[5, 2, 7, 0], token_ids: Some(&[42]), positions: &[0], kv_slots: None, weights: None })?;
 //!
 //! let Some(Record::Step(step)) = reader.poll()? else { panic!("a step was published") };
 //! assert_eq!(step.experts, [5, 2, 7, 0]);
 //! assert_eq!(step.batch.unwrap()[0].request, "a");
 //!
 //! // Two layers of two experts are four ids a row: three are refused, and nothing is published.
-//! let refused = publisher.publish(&Rows { experts: &[5, 2, 7], token_ids: None, positions: &[1], weights: None });
+//! let refused = publisher.publish(&Rows { experts: &[5, 2, 7], token_ids: None, positions: &[1], kv_slots: None, weights: None });
 //! assert!(refused.is_err() && reader.poll()?.is_none());
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -56,10 +56,10 @@ mod writer;
 pub use arena::{Publisher, open};
 pub use batch::{End, Outcome, Phase, Span};
 pub use captures::{Capture, clean, default_directory, find, list};
-pub use cuda::Way;
+pub use cuda::{ENTRIES, Mailbox, Way, exchange_capture_mode};
 pub use error::{Error, Result};
 pub use layout::{Facts, Header, LAYOUT_VERSION, MAX_EXPERTS, MAX_ID_BYTES, MAX_LAYERS, Producer};
 pub use memory::{Mapped, Memory};
 pub use process::is_alive;
 pub use reader::{Mode, Reader, Record, Step};
-pub use writer::{DeviceRows, OnFull, Published, Rows, Source, Writer};
+pub use writer::{DeviceRows, GraphRows, OnFull, Published, Rows, Source, Writer};

@@ -42,6 +42,8 @@ pub struct Step<'a> {
     pub token_ids: Option<&'a [u32]>,
     /// Positions in the request [n].
     pub positions: &'a [u32],
+    /// Where in the engine's cache each row's token stands [n].
+    pub kv_slots: Option<&'a [u32]>,
     /// Router weights f16 [n, L, K].
     pub weights: Option<&'a [u16]>,
     /// The batch that the rows belong to; its identity stays the same until the batch changes. None: the record that
@@ -75,6 +77,8 @@ pub struct Reader<M: Memory> {
 
 /// How often a lapped reader tries again before it lets its caller breathe.
 const MAX_LAPS: usize = 16;
+/// How many records of nothing are passed over before the caller breathes.
+const MAX_VOIDS: usize = 16;
 /// More records than any writer lives to publish.
 const MAX_RECORDS: u64 = 1 << 62;
 
@@ -253,13 +257,21 @@ impl<M: Memory> Reader<M> {
     /// # Errors
     /// [`Error::Corrupt`] if the arena contradicts itself; the record is passed over.
     pub fn poll(&mut self) -> Result<Option<Record<'_>>> {
-        let Some(what) = self.take()? else {
+        let mut next = self.take()?;
+        for _ in 0..MAX_VOIDS {
+            match next {
+                Some(what) if what.kind == Kind::Void => next = self.take()?,
+                _ => break,
+            }
+        }
+        let Some(what) = next else {
             return Ok(None);
         };
         self.time_ns = what.time_ns;
         let payload = bytemuck::must_cast_slice::<u64, u8>(&self.payload);
         match what.kind {
             Kind::Event => Ok(Some(Record::End(decode_end(payload)?))),
+            Kind::Void => Ok(None),
             Kind::Step => {
                 let mut at = 0;
                 if what.sections & section::SPANS != 0 {
@@ -377,6 +389,7 @@ impl<M: Memory> Reader<M> {
             }
             Kind::Step => None,
             Kind::Event => Some(2),
+            Kind::Void => Some(0),
         };
         if fits && needed.is_some_and(|needed| needed <= what.payload_words) {
             Ok(what)
@@ -441,6 +454,7 @@ impl<'a> Step<'a> {
         let experts = cut(section::EXPERTS, n * facts.row_bytes())?.ok_or_else(|| missing("experts"))?;
         let token_ids = cut(section::TOKEN_IDS, n * 4)?;
         let positions = cut(section::POSITIONS, n * 4)?.ok_or_else(|| missing("positions"))?;
+        let kv_slots = cut(section::KV_SLOTS, n * 4)?;
         let weights = cut(section::WEIGHTS, n * facts.ids_per_row() * 2)?;
         if weights.is_some() != facts.weights {
             return Err(Error::corrupt("router weights in a step, or in the header, but not in both"));
@@ -458,6 +472,7 @@ impl<'a> Step<'a> {
             experts,
             token_ids: token_ids.map(bytemuck::cast_slice),
             positions: bytemuck::cast_slice(positions),
+            kv_slots: kv_slots.map(bytemuck::cast_slice),
             weights: weights.map(bytemuck::cast_slice),
             batch,
         })

@@ -2,7 +2,7 @@
 
 use crate::batch::{End, Span, encode_end, encode_spans};
 use crate::error::{Error, Result};
-use crate::layout::{Descriptor, Facts, Header, Kind, descriptor, entry, reader_entry, section, word};
+use crate::layout::{Descriptor, Facts, Header, Kind, descriptor, entry, reader_entry, section, what_word, word};
 use crate::memory::Memory;
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -28,6 +28,8 @@ pub struct Rows<'a> {
     pub token_ids: Option<&'a [u32]>,
     /// Positions in the request [n].
     pub positions: &'a [u32],
+    /// Where in the engine's cache each row's token stands [n], where the engine has such slots.
+    pub kv_slots: Option<&'a [u32]>,
     /// Router weights f16 [n, L, K], if the arena was made for them.
     pub weights: Option<&'a [u16]>,
 }
@@ -35,14 +37,31 @@ pub struct Rows<'a> {
 /// The rows of one forward whose experts a GPU holds; sections as in [`Rows`].
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceRows<'a> {
+    /// The number of rows, n.
+    pub rows: usize,
     /// Address of the expert ids on the device.
     pub experts: u64,
     /// Token ids: on the device, on the host, or not known.
     pub token_ids: Option<Source<'a>>,
-    /// Positions in the request [n].
-    pub positions: &'a [u32],
+    /// Positions, on the device or on the host.
+    pub positions: Source<'a>,
+    /// KV slots: on the device, on the host, or not known.
+    pub kv_slots: Option<Source<'a>>,
     /// Address of the router weights on the device, if the arena was made for them.
     pub weights: Option<u64>,
+}
+
+/// The rows that the next replay of a CUDA graph writes; sections as in [`Rows`].
+#[derive(Clone, Copy, Debug)]
+pub struct GraphRows<'a> {
+    /// The number of rows, n: at most as many as the graph was captured with.
+    pub rows: usize,
+    /// Whether the graph writes token ids.
+    pub token_ids: bool,
+    /// Positions, unless the graph writes them.
+    pub positions: Option<&'a [u32]>,
+    /// Whether the graph writes KV slots.
+    pub kv_slots: bool,
 }
 
 /// Where the bytes of a section are.
@@ -75,8 +94,37 @@ impl Source<'_> {
 struct Sections<'a> {
     experts: Source<'a>,
     token_ids: Option<Source<'a>>,
-    positions: &'a [u32],
+    positions: Source<'a>,
+    kv_slots: Option<Source<'a>>,
     weights: Option<Source<'a>>,
+}
+
+impl<'a> Sections<'a> {
+    /// Each of them, with the bytes that a row takes in it, in the order of [`section`].
+    fn in_order(&self, facts: &Facts) -> [(u16, Option<Source<'a>>, usize); 5] {
+        [
+            (section::EXPERTS, Some(self.experts), facts.row_bytes()),
+            (section::TOKEN_IDS, self.token_ids, 4),
+            (section::POSITIONS, Some(self.positions), 4),
+            (section::KV_SLOTS, self.kv_slots, 4),
+            (section::WEIGHTS, self.weights, facts.ids_per_row() * 2),
+        ]
+    }
+
+    /// Which of them there are.
+    fn mask(&self, facts: &Facts) -> u16 {
+        let present = self.in_order(facts).into_iter().filter(|(_, source, _)| source.is_some());
+        present.fold(0, |mask, (section, ..)| mask | section)
+    }
+
+    /// Those of rows `first..end`.
+    fn part(&self, facts: &Facts, first: usize, end: usize) -> Self {
+        let [experts, token_ids, positions, kv_slots, weights] = self
+            .in_order(facts)
+            .map(|(_, source, row_bytes)| source.map(|source| source.slice(first * row_bytes..end * row_bytes)));
+        let [Some(experts), Some(positions)] = [experts, positions] else { unreachable!("every step has them") };
+        Self { experts, token_ids, positions, kv_slots, weights }
+    }
 }
 
 /// How sections of a device come into the arena, and how a record that has some is published: after they came.
@@ -85,6 +133,10 @@ pub(crate) trait Landing {
     fn copy(&mut self, at: usize, address: u64, len: usize) -> Result<()>;
     /// Store `value` at word `at` with release, after the copies so far.
     fn publish(&mut self, at: usize, value: u64) -> Result<()>;
+    /// Whether a large step may come in several records.
+    fn takes_parts(&self) -> bool {
+        true
+    }
 }
 
 /// What became of a step.
@@ -237,10 +289,11 @@ impl<M: Memory> Writer<M> {
         let sections = Sections {
             experts: Source::Host(rows.experts),
             token_ids: rows.token_ids.map(|ids| Source::Host(bytemuck::must_cast_slice(ids))),
-            positions: rows.positions,
+            positions: Source::Host(bytemuck::must_cast_slice(rows.positions)),
+            kv_slots: rows.kv_slots.map(|slots| Source::Host(bytemuck::must_cast_slice(slots))),
             weights: rows.weights.map(|weights| Source::Host(bytemuck::must_cast_slice(weights))),
         };
-        self.publish_sections(&sections, None)
+        self.publish_sections(rows.positions.len(), &sections, None)
     }
 
     /// Publish the rows of one forward that a device holds: they can be read once `landing` has brought them here.
@@ -249,14 +302,63 @@ impl<M: Memory> Writer<M> {
     /// Lengths that do not agree: nothing is published then. And what `landing` says; the record is then never published,
     /// and neither is any behind it.
     pub(crate) fn publish_device(&mut self, rows: &DeviceRows<'_>, landing: &mut dyn Landing) -> Result<Published> {
-        let n = rows.positions.len();
+        let n = rows.rows;
         let sections = Sections {
             experts: Source::Device(rows.experts, n * self.facts().row_bytes()),
             token_ids: rows.token_ids,
             positions: rows.positions,
+            kv_slots: rows.kv_slots,
             weights: rows.weights.map(|address| Source::Device(address, n * self.facts().ids_per_row() * 2)),
         };
-        self.publish_sections(&sections, Some(landing))
+        self.publish_sections(n, &sections, Some(landing))
+    }
+
+    /// Take space for the rows that a graph is about to write, and have `landing` post where. Gives nothing to `landing` if
+    /// there is no room, or if the step takes more than a quarter of the ring: then it is dropped.
+    ///
+    /// # Errors
+    /// Lengths that do not agree: nothing is published then.
+    pub(crate) fn publish_graph(&mut self, rows: &GraphRows<'_>, landing: &mut dyn Landing) -> Result<Published> {
+        let n = rows.rows;
+        let written = |bytes: usize| Source::Device(0, n * bytes);
+        let sections = Sections {
+            experts: written(self.facts().row_bytes()),
+            token_ids: rows.token_ids.then(|| written(4)),
+            positions: rows.positions.map_or(written(4), |host| Source::Host(bytemuck::must_cast_slice(host))),
+            kv_slots: rows.kv_slots.then(|| written(4)),
+            weights: self.facts().weights.then(|| written(self.facts().ids_per_row() * 2)),
+        };
+        self.publish_sections(n, &sections, Some(landing))
+    }
+
+    /// A forward whose rows cannot be published.
+    pub(crate) fn drop_step(&mut self, rows: usize) -> Published {
+        self.begin_step();
+        self.count_dropped_record();
+        self.count_dropped_rows(rows);
+        Published { rows: 0, dropped: rows }
+    }
+
+    /// Make a record that was reserved, and whose forward has failed, one of nothing, and give the word of its sequence
+    /// number, which is still to be stored behind whatever may yet write there. Its rows count as dropped.
+    ///
+    /// # Errors
+    /// No such record, or one whose space was given away.
+    pub(crate) fn void(&mut self, index: u64) -> Result<usize> {
+        if index < self.tail || index >= self.head {
+            return Err(Error::invalid(format!("record {index}, of records {} to {}", self.tail, self.head)));
+        }
+        let at = self.header.geometry.descriptor(index);
+        let what = self.memory.load(at + descriptor::WHAT, Relaxed);
+        let rows = (what >> 32) as u32;
+        // One word: a reader that comes just now, because the forward ran after all, sees the step whole, or nothing of it.
+        self.memory.store(at + descriptor::WHAT, what_word(Kind::Void, 0, rows), Relaxed);
+        if self.batch_record == Some(index) {
+            self.batch_record = None;
+        }
+        self.count_dropped_record();
+        self.count_dropped_rows(rows as usize);
+        Ok(at + descriptor::SEQUENCE)
     }
 
     /// Whether every record that was reserved is published.
@@ -265,35 +367,48 @@ impl<M: Memory> Writer<M> {
         (self.tail..self.head).all(|index| self.has_landed(index))
     }
 
-    fn publish_sections(&mut self, rows: &Sections<'_>, landing: Option<&mut (dyn Landing + '_)>) -> Result<Published> {
-        let n = self.check(rows)?;
+    fn publish_sections(
+        &mut self,
+        n: usize,
+        rows: &Sections<'_>,
+        landing: Option<&mut (dyn Landing + '_)>,
+    ) -> Result<Published> {
+        self.check(n, rows)?;
+        let step = self.begin_step();
+        let what = What { rows: n, sections: rows.mask(self.facts()), step, time_ns: now_ns() };
+        let limit = self.header.geometry.ring_words / PARTS_PER_RING;
+        let published = if self.batch.len() / 8 + self.facts().section_words(what.sections, n) <= limit {
+            self.publish_whole(rows, what, landing)?
+        } else if landing.as_ref().is_none_or(|landing| landing.takes_parts()) {
+            self.publish_parts(rows, what, limit, landing)?
+        } else {
+            self.count_dropped_record();
+            0
+        };
+        if published < n {
+            self.count_dropped_rows(n - published);
+        }
+        Ok(Published { rows: published, dropped: n - published })
+    }
+
+    /// Count a forward, and publish the ends that waited for room; gives the forward's number.
+    fn begin_step(&mut self) -> u64 {
         self.deadline = None;
         self.publish_pending();
         let step = self.steps;
         self.steps += 1;
         self.memory.store(word::STEPS, self.steps, Relaxed);
-        let what = What {
-            rows: n,
-            sections: section::EXPERTS
-                | section::POSITIONS
-                | if rows.token_ids.is_some() { section::TOKEN_IDS } else { 0 }
-                | if rows.weights.is_some() { section::WEIGHTS } else { 0 },
-            step,
-            time_ns: now_ns(),
-        };
-        let limit = self.header.geometry.ring_words / PARTS_PER_RING;
-        let published = if self.batch.len() / 8 + self.facts().section_words(what.sections, n) <= limit {
-            self.publish_whole(rows, what, landing)?
-        } else {
-            self.publish_parts(rows, what, limit, landing)?
-        };
-        let mut result = Published { rows: n, dropped: 0 };
-        if published < n {
-            result = Published { rows: published, dropped: n - published };
-            self.dropped_rows += result.dropped as u64;
-            self.memory.store(word::DROPPED_ROWS, self.dropped_rows, Relaxed);
-        }
-        Ok(result)
+        step
+    }
+
+    fn count_dropped_record(&mut self) {
+        self.dropped_records += 1;
+        self.memory.store(word::DROPPED_RECORDS, self.dropped_records, Relaxed);
+    }
+
+    fn count_dropped_rows(&mut self, rows: usize) {
+        self.dropped_rows += rows as u64;
+        self.memory.store(word::DROPPED_ROWS, self.dropped_rows, Relaxed);
     }
 
     /// State that a request has ended. If the event does not fit, it is published with the next call.
@@ -327,8 +442,7 @@ impl<M: Memory> Writer<M> {
         self.memory.store(word::LOST_ENDS, self.lost_ends, Relaxed);
     }
 
-    fn check(&self, rows: &Sections<'_>) -> Result<usize> {
-        let n = rows.positions.len();
+    fn check(&self, n: usize, rows: &Sections<'_>) -> Result<()> {
         let expect = |what: &str, found: usize, expected: usize| {
             if found == expected {
                 Ok(())
@@ -341,6 +455,10 @@ impl<M: Memory> Writer<M> {
         if let Some(token_ids) = rows.token_ids {
             expect("token ids", token_ids.len() / 4, n)?;
         }
+        expect("positions", rows.positions.len() / 4, n)?;
+        if let Some(kv_slots) = rows.kv_slots {
+            expect("KV slots", kv_slots.len() / 4, n)?;
+        }
         let weights = if self.facts().weights { n * self.facts().ids_per_row() } else { 0 };
         expect("router weights", rows.weights.map_or(0, |weights| weights.len() / 2), weights)?;
         if self.batch_rows as usize > n {
@@ -349,7 +467,7 @@ impl<M: Memory> Writer<M> {
                 self.batch_rows
             )));
         }
-        Ok(n)
+        Ok(())
     }
 
     /// Publish a step as one record; gives the rows published.
@@ -380,19 +498,13 @@ impl<M: Memory> Writer<M> {
     ) -> Result<usize> {
         let row_words = self.facts().section_words(what.sections, 64).div_ceil(64) + 1;
         let part = ((limit - self.batch.len() / 8) / row_words).max(1);
-        let (row_bytes, row_ids) = (self.facts().row_bytes(), self.facts().ids_per_row());
         let mut published = 0;
         let mut spans = Vec::new();
         self.batch_record = None;
         for first in (0..what.rows).step_by(part) {
             let end = what.rows.min(first + part);
             encode_spans(&clip(&self.spans, first as u32, end as u32), &mut spans)?;
-            let share = Sections {
-                experts: rows.experts.slice(first * row_bytes..end * row_bytes),
-                token_ids: rows.token_ids.map(|ids| ids.slice(first * 4..end * 4)),
-                positions: &rows.positions[first..end],
-                weights: rows.weights.map(|weights| weights.slice(first * row_ids * 2..end * row_ids * 2)),
-            };
+            let share = rows.part(self.facts(), first, end);
             let part = What { rows: end - first, ..what };
             let lent = landing.as_mut().map(|landing| &mut **landing as &mut dyn Landing);
             if self.publish_record(&share, part, Some(&spans), lent)?.is_some() {
@@ -412,15 +524,14 @@ impl<M: Memory> Writer<M> {
     ) -> Result<Option<u64>> {
         let words = self.facts().section_words(what.sections, what.rows) + spans.map_or(0, |bytes| bytes.len() / 8);
         let Some(Reservation { index, mut at, position }) = self.reserve(words) else {
-            self.dropped_records += 1;
-            self.memory.store(word::DROPPED_RECORDS, self.dropped_records, Relaxed);
+            self.count_dropped_record();
             return Ok(None);
         };
         let mut put = |source: Source<'_>| {
             match (source, &mut landing) {
                 (Source::Host(bytes), _) => self.memory.write_bytes(at, bytes),
                 (Source::Device(address, len), Some(landing)) => landing.copy(at, address, len)?,
-                (Source::Device(..), None) => unreachable!("only `publish_device` has such, and a landing"),
+                (Source::Device(..), None) => unreachable!("who gives such gives a landing"),
             }
             at += source.len().div_ceil(8);
             Ok::<_, Error>(())
@@ -428,13 +539,8 @@ impl<M: Memory> Writer<M> {
         if let Some(spans) = spans {
             put(Source::Host(spans))?;
         }
-        put(rows.experts)?;
-        if let Some(token_ids) = rows.token_ids {
-            put(token_ids)?;
-        }
-        put(Source::Host(bytemuck::must_cast_slice(rows.positions)))?;
-        if let Some(weights) = rows.weights {
-            put(weights)?;
+        for (_, source, _) in rows.in_order(&self.header.facts) {
+            source.map_or(Ok(()), &mut put)?;
         }
         let batch = if spans.is_some() { index } else { self.batch_record.unwrap_or(index) };
         let rows_before = self.rows_before;
@@ -610,4 +716,114 @@ pub(crate) fn after(timeout: Duration) -> Instant {
 /// Nanoseconds since the Unix epoch.
 pub(crate) fn now_ns() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_nanos() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::Producer;
+    use crate::memory::Mapped;
+    use crate::reader::{Mode, Reader, Record};
+
+    const BYTES: usize = 1 << 16;
+
+    /// Stands in for a device, which no machine of CI has: nothing comes before `land`.
+    #[derive(Default)]
+    struct Device {
+        copies: Vec<(usize, usize)>,
+        published: Vec<(usize, u64)>,
+        in_graph: bool,
+    }
+
+    impl Landing for Device {
+        fn copy(&mut self, at: usize, _: u64, len: usize) -> Result<()> {
+            self.copies.push((at, len));
+            Ok(())
+        }
+
+        fn publish(&mut self, at: usize, value: u64) -> Result<()> {
+            self.published.push((at, value));
+            Ok(())
+        }
+
+        fn takes_parts(&self) -> bool {
+            !self.in_graph
+        }
+    }
+
+    impl Device {
+        fn land(&mut self, memory: &Mapped, experts: u8) {
+            for (at, len) in self.copies.drain(..) {
+                memory.write_bytes(at, &vec![experts; len]);
+            }
+            for (at, value) in self.published.drain(..) {
+                memory.store(at, value, Release);
+            }
+        }
+    }
+
+    fn arena() -> (Arc<Mapped>, Writer<Mapped>, Reader<Mapped>) {
+        let memory = Arc::new(Mapped::new(memmap2::MmapMut::map_anon(BYTES).unwrap().into()));
+        let facts = Facts { layers: vec![0, 1, 2], num_experts: 200, top_k: 2, ..Facts::default() };
+        let us = Producer { pid: std::process::id(), start_time: 1 };
+        let header = Header::store(&*memory, &facts, us, 1).unwrap();
+        let reader = Reader::new(Arc::clone(&memory), header.clone(), Mode::Lossless, us).unwrap();
+        (Arc::clone(&memory), Writer::new(memory, header, OnFull::Drop), reader)
+    }
+
+    fn span(number: u64, rows: u32) -> Span {
+        let phase = crate::batch::Phase::Decode;
+        Span { number, request: format!("r{number}"), first_row: 0, rows, prompt_tokens: 0, phase }
+    }
+
+    fn rows(positions: Option<&[u32]>, rows: usize) -> GraphRows<'_> {
+        GraphRows { rows, token_ids: true, positions, kv_slots: true }
+    }
+
+    #[test]
+    fn a_record_of_a_forward_that_failed_is_passed_over_and_its_batch_is_stated_again() {
+        let (memory, mut writer, mut reader) = arena();
+        let mut device = Device { in_graph: true, ..Device::default() };
+        writer.set_batch(vec![span(1, 2)]).unwrap();
+        assert_eq!(writer.publish_graph(&rows(Some(&[4, 5]), 2), &mut device).unwrap().rows, 2);
+        assert!(reader.poll().unwrap().is_none(), "nothing has landed");
+        device.published.clear();
+        let at = writer.void(0).unwrap();
+        assert_eq!(writer.publish_graph(&rows(None, 2), &mut device).unwrap().rows, 2);
+        device.land(&memory, 7);
+        assert!(reader.poll().unwrap().is_none(), "the void record is still before it");
+        memory.store(at, 1, Release);
+        let Some(Record::Step(step)) = reader.poll().unwrap() else { panic!("a step") };
+        assert_eq!((step.step, step.experts, step.positions), (1, &[7; 12][..], &[0x0707_0707; 2][..]));
+        assert_eq!(step.kv_slots.unwrap(), step.token_ids.unwrap());
+        assert_eq!(step.batch.unwrap()[0].request, "r1");
+        assert_eq!((writer.dropped_rows(), writer.dropped_records(), reader.lost_rows()), (2, 1, 0));
+        assert!(writer.void(1).is_ok(), "a record that has come can be made void, too");
+        assert!(writer.void(2).is_err(), "but not one that there is not");
+    }
+
+    #[test]
+    fn positions_that_the_host_knows_are_its_to_write() {
+        let (memory, mut writer, mut reader) = arena();
+        let mut device = Device::default();
+        writer.publish_graph(&rows(Some(&[40, 50]), 2), &mut device).unwrap();
+        assert_eq!(device.copies.iter().map(|(_, len)| *len).collect::<Vec<_>>(), [12, 8, 8]);
+        device.land(&memory, 9);
+        let Some(Record::Step(step)) = reader.poll().unwrap() else { panic!("a step") };
+        assert_eq!((step.positions, step.token_ids.unwrap()), (&[40, 50][..], &[0x0909_0909; 2][..]));
+        assert!(writer.publish_graph(&rows(Some(&[1]), 2), &mut device).is_err());
+    }
+
+    #[test]
+    fn a_step_of_a_graph_is_one_record_or_none() {
+        let (memory, mut writer, mut reader) = arena();
+        let mut device = Device { in_graph: true, ..Device::default() };
+        assert_eq!(writer.publish_graph(&rows(None, 1000), &mut device).unwrap().dropped, 1000);
+        assert!(device.copies.is_empty() && device.published.is_empty());
+        assert_eq!(writer.drop_step(3).dropped, 3);
+        assert_eq!((writer.steps(), writer.dropped_rows(), writer.dropped_records()), (2, 1003, 2));
+        assert_eq!(writer.publish_graph(&rows(None, 1), &mut device).unwrap().rows, 1);
+        device.land(&memory, 1);
+        assert!(matches!(reader.poll().unwrap(), Some(Record::Step(step)) if step.step == 2));
+    }
 }

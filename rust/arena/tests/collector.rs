@@ -152,6 +152,7 @@ impl Model {
             experts: &bytes,
             token_ids: token_ids.then_some(&ids),
             positions: &positions,
+            kv_slots: None,
             weights: self.facts.weights.then_some(&weights),
         });
         assert_eq!(published.unwrap().dropped, 0);
@@ -333,7 +334,7 @@ fn requests_without_rows_take_of_the_budget_too() {
     let root = folder();
     let mut publisher = publisher(root.path(), 1 << 20, &facts(8, false), OnFull::Drop);
     let collector = open(root.path(), 100_000).unwrap();
-    let nothing = Rows { experts: &[], token_ids: None, positions: &[], weights: None };
+    let nothing = Rows { experts: &[], token_ids: None, positions: &[], kv_slots: None, weights: None };
     for number in 1..2000 {
         let span = Span {
             number,
@@ -360,7 +361,7 @@ fn row_at(publisher: &mut Publisher, position: u32) {
     let span = Span { number: 1, request: name(1), first_row: 0, rows: 1, prompt_tokens: 1, phase: Phase::Decode };
     publisher.set_batch(vec![span]).unwrap();
     let row = Row::of(publisher.facts(), 1, position, Phase::Decode);
-    let rows = Rows { experts: &row.experts, token_ids: None, positions: &[position], weights: None };
+    let rows = Rows { experts: &row.experts, token_ids: None, positions: &[position], kv_slots: None, weights: None };
     assert_eq!(publisher.publish(&rows).unwrap().dropped, 0);
 }
 

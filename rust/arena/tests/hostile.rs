@@ -256,7 +256,8 @@ fn publish(publisher: &mut Publisher, in_round: &impl Fn() -> bool) {
             let n = 900;
             publisher.set_batch(vec![]).unwrap();
             let (experts, positions) = (vec![1; n * 6], vec![0; n]);
-            let rows = Rows { experts: &experts, token_ids: None, positions: &positions, weights: None };
+            let rows =
+                Rows { experts: &experts, token_ids: None, positions: &positions, kv_slots: None, weights: None };
             publisher.publish(&rows).unwrap();
         }
     }

@@ -82,7 +82,8 @@ mod models {
     /// Publish one row that says everywhere which step it is of.
     fn publish(writer: &mut Writer<Words>) -> usize {
         let step = writer.steps();
-        let rows = Rows { experts: &[step as u8], token_ids: None, positions: &[step as u32], weights: None };
+        let rows =
+            Rows { experts: &[step as u8], token_ids: None, positions: &[step as u32], kv_slots: None, weights: None };
         writer.publish(&rows).unwrap().rows
     }
 

@@ -188,7 +188,7 @@ fn a_batch_is_published_when_it_changes_and_found_by_a_reader_that_comes_later()
     assert!(std::sync::Arc::ptr_eq(&first, step.batch.unwrap()), "the same batch is one object");
     drain(&mut early);
     publisher.set_batch(vec![span(7, 0, 1)]).unwrap();
-    let rows = Rows { experts: &[1, 2, 3, 4, 5, 6], token_ids: None, positions: &[0], weights: None };
+    let rows = Rows { experts: &[1, 2, 3, 4, 5, 6], token_ids: None, positions: &[0], kv_slots: None, weights: None };
     publisher.publish(&rows).unwrap();
     let Some(Record::Step(step)) = early.poll().unwrap() else { panic!("a step") };
     assert_eq!((step.batch.unwrap()[0].number, step.token_ids), (7, None));
@@ -366,10 +366,17 @@ fn steps_that_contradict_themselves_are_refused_and_publish_nothing() {
     let mut publisher = publisher(root.path(), SMALL, &facts(8, true), OnFull::Drop);
     let mut reader = open(publisher.path(), Mode::Lossless).unwrap();
     let weights = [0; 6];
-    let good = Rows { experts: &[1; 6], token_ids: Some(&[3]), positions: &[0], weights: Some(&weights) };
+    let good = Rows {
+        experts: &[1; 6],
+        token_ids: Some(&[3]),
+        positions: &[0],
+        kv_slots: Some(&[4]),
+        weights: Some(&weights),
+    };
     let bad = [
         (Rows { experts: &[1; 5], ..good }, "5 bytes of expert ids, and 1 rows need 6"),
         (Rows { token_ids: Some(&[]), ..good }, "0 token ids, and 1 rows need 1"),
+        (Rows { kv_slots: Some(&[1, 2]), ..good }, "2 KV slots, and 1 rows need 1"),
         (Rows { weights: None, ..good }, "0 router weights, and 1 rows need 6"),
         (Rows { weights: Some(&[0; 7]), ..good }, "7 router weights, and 1 rows need 6"),
         (Rows { positions: &[0, 1], ..good }, "6 bytes of expert ids, and 2 rows need 12"),
@@ -421,7 +428,7 @@ fn an_empty_forward_and_an_empty_batch_are_fine() {
     let root = folder();
     let mut publisher = publisher(root.path(), SMALL, &facts(8, false), OnFull::Drop);
     let mut reader = open(publisher.path(), Mode::Lossless).unwrap();
-    let none = Rows { experts: &[], token_ids: Some(&[]), positions: &[], weights: None };
+    let none = Rows { experts: &[], token_ids: Some(&[]), positions: &[], kv_slots: None, weights: None };
     publisher.publish(&none).unwrap();
     let Some(Record::Step(step)) = reader.poll().unwrap() else { panic!("a step") };
     assert_eq!((step.rows, step.batch.unwrap().len()), (0, 0));

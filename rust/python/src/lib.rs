@@ -4,6 +4,7 @@
 mod collector;
 mod convert;
 mod errors;
+mod mailbox;
 mod row_stream;
 mod writer;
 
@@ -22,6 +23,8 @@ mod _core {
         CaptureNotFoundError, CudaError, ExpertLensError, ReaderTableFullError,
     };
     #[pymodule_export]
+    use crate::mailbox::{Mailbox, exchange_capture_mode};
+    #[pymodule_export]
     use crate::row_stream::RowStream;
     #[pymodule_export]
     use crate::writer::Writer;
@@ -30,7 +33,9 @@ mod _core {
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
         module.add("LAYOUT_VERSION", expert_lens_arena::LAYOUT_VERSION)?;
+        module.add("MAILBOX_ENTRIES", expert_lens_arena::ENTRIES)?;
         module.add("MISSING", expert_lens_arena::collector::MISSING)?;
+        module.add("NO_SLOT", expert_lens_arena::collector::NO_SLOT)?;
         module.add("NO_TOKEN", expert_lens_arena::collector::NO_TOKEN)?;
         module.add("DEBUG_BUILD", cfg!(debug_assertions))
     }

@@ -71,6 +71,7 @@ impl RowStream {
         dict.set_item("arenas", PyArray1::from_vec(py, block.arenas))?;
         dict.set_item("positions", PyArray1::from_vec(py, block.positions))?;
         dict.set_item("token_ids", PyArray1::from_vec(py, block.token_ids))?;
+        dict.set_item("kv_slots", PyArray1::from_vec(py, block.kv_slots))?;
         dict.set_item("phases", PyArray1::from_vec(py, block.phases))?;
         dict.set_item("steps", PyArray1::from_vec(py, block.steps))?;
         dict.set_item("times", PyArray1::from_vec(py, block.times))?;

@@ -1,8 +1,9 @@
 //! `_core.Writer`: the publishing end.
 
 use crate::errors::{OptionError, to_python};
+use crate::mailbox::Mailbox;
 use crate::{directory_or_default, phase_of, seconds};
-use expert_lens_arena::{DeviceRows, End, Facts, OnFull, Outcome, Publisher, Rows, Source, Span, Way};
+use expert_lens_arena::{DeviceRows, End, Facts, GraphRows, OnFull, Outcome, Publisher, Rows, Source, Span, Way};
 use half::f16;
 use numpy::{Element, PyReadonlyArray, PyReadonlyArray1, PyReadonlyArray3, PyReadonlyArrayDyn};
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
@@ -22,6 +23,13 @@ pub struct Writer {
     /// The ids of `publish_next`, narrowed.
     narrow: Vec<u8>,
     token_ids: Vec<u32>,
+}
+
+/// Positions [n] in an array, or where they are on a device.
+#[derive(FromPyObject)]
+enum Positions<'py> {
+    Host(PyReadonlyArray1<'py, u32>),
+    Device(u64),
 }
 
 type PySpan = (u64, String, u32, u32, u32, String);
@@ -149,6 +157,7 @@ impl Writer {
             experts,
             token_ids,
             positions: contiguous("positions", &positions)?,
+            kv_slots: None,
             weights: weights.map(bytemuck::cast_slice),
         };
         // The GIL is kept unless the writer may wait: to get it back could take longer than the copy.
@@ -199,6 +208,7 @@ impl Writer {
             experts: narrow,
             token_ids: token_ids.is_some().then_some(tokens.as_slice()),
             positions,
+            kv_slots: None,
             weights: None,
         };
         let published = if *waits { py.detach(|| publisher.publish(&rows)) } else { publisher.publish(&rows) };
@@ -206,28 +216,67 @@ impl Writer {
     }
 
     #[expect(clippy::too_many_arguments, reason = "they are the arguments of the Python method")]
-    #[pyo3(signature = (experts, positions, *, device, stream, token_ids=None, weights=None))]
+    #[pyo3(signature = (experts, num_rows, positions, *, device, stream, token_ids=None, kv_slots=None, weights=None))]
     fn publish_device(
         &mut self,
         py: Python<'_>,
         experts: u64,
-        positions: PyReadonlyArray1<'_, u32>,
+        num_rows: usize,
+        positions: Positions<'_>,
         device: i32,
         stream: u64,
         token_ids: Option<u64>,
+        kv_slots: Option<u64>,
         weights: Option<u64>,
     ) -> PyResult<bool> {
         let waits = self.waits;
         let publisher = self.open()?;
-        let positions = contiguous("positions", &positions)?;
-        let token_ids = token_ids.map(|address| Source::Device(address, positions.len() * 4));
-        let rows = DeviceRows { experts, token_ids, positions, weights };
+        let column = |address| Source::Device(address, num_rows.saturating_mul(4));
+        let positions = match &positions {
+            Positions::Host(array) => Source::Host(bytemuck::cast_slice(contiguous("positions", array)?)),
+            Positions::Device(address) => column(*address),
+        };
+        let (token_ids, kv_slots) = (token_ids.map(column), kv_slots.map(column));
+        let rows = DeviceRows { rows: num_rows, experts, token_ids, positions, kv_slots, weights };
         // SAFETY: the stub asks the caller for what the arena asks: device memory of these lengths, alive until the stream
         // has come so far, which torch's allocator gives for tensors of that very stream.
         #[expect(unsafe_code, reason = "Python can only give addresses")]
         let mut publish = || unsafe { publisher.publish_device(&rows, device, stream) };
         let published = if waits { py.detach(publish) } else { publish() };
         Ok(published.map_err(to_python)?.dropped == 0)
+    }
+
+    fn mailbox(&mut self, device: i32, table: Vec<u64>) -> PyResult<Option<Mailbox>> {
+        Ok(self.open()?.mailbox(device, &table).map_err(to_python)?.map(Mailbox))
+    }
+
+    #[pyo3(signature = (mailbox, num_rows, *, token_ids, positions, kv_slots))]
+    fn publish_graph(
+        &mut self,
+        py: Python<'_>,
+        mailbox: &mut Mailbox,
+        num_rows: usize,
+        token_ids: bool,
+        positions: Option<PyReadonlyArray1<'_, u32>>,
+        kv_slots: bool,
+    ) -> PyResult<bool> {
+        let waits = self.waits;
+        let publisher = self.open()?;
+        let positions = positions.as_ref().map(|array| contiguous("positions", array)).transpose()?;
+        let rows = GraphRows { rows: num_rows, token_ids, positions, kv_slots };
+        // SAFETY: the stub asks the caller for kernels that write these sections for so many rows.
+        #[expect(unsafe_code, reason = "the kernels are Python's")]
+        let mut publish = || unsafe { publisher.publish_graph(&mut mailbox.0, &rows) };
+        let published = if waits { py.detach(publish) } else { publish() };
+        Ok(published.map_err(to_python)?.dropped == 0)
+    }
+
+    fn retract(&mut self, mailbox: &Mailbox, record: Option<u64>, stream: u64) -> PyResult<()> {
+        let publisher = self.open()?;
+        // SAFETY: the stub asks the caller for the raw stream of the replay.
+        #[expect(unsafe_code, reason = "Python can only give handles")]
+        let retracted = unsafe { publisher.retract(&mailbox.0, record, stream) };
+        retracted.map_err(to_python)
     }
 
     #[pyo3(signature = (number, request, num_positions, state="finished"))]
@@ -257,6 +306,7 @@ impl Writer {
     fn publisher(&self) -> &'static str {
         match self.publisher.as_ref().map_or(self.last.2, |publisher| publisher.way()) {
             None => "host",
+            Some(Way::Graph) => "graph",
             Some(Way::Stream) => "stream",
             Some(Way::Event) => "event",
         }

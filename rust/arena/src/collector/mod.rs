@@ -9,7 +9,7 @@ mod wait;
 
 pub use feed::ArenaId;
 pub use store::{MISSING, NO_TOKEN, RequestRows, State, Summary};
-pub use stream::{Block, RecordRange, RowStream};
+pub use stream::{Block, NO_SLOT, RecordRange, RowStream};
 pub use wait::{Pace, Waiter};
 
 use crate::batch::{Phase, Span};

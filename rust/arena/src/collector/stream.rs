@@ -26,6 +26,9 @@ pub struct RecordRange {
     pub last: u64,
 }
 
+/// KV slot of a row whose engine did not tell it.
+pub const NO_SLOT: u32 = u32::MAX;
+
 /// Rows of a number of records; n of them.
 #[derive(Clone, Debug, Default)]
 pub struct Block {
@@ -39,6 +42,8 @@ pub struct Block {
     pub positions: Vec<u32>,
     /// Token ids [n]; [`NO_TOKEN`] where the engine did not tell.
     pub token_ids: Vec<u32>,
+    /// KV slots [n]; [`NO_SLOT`] where the engine did not tell.
+    pub kv_slots: Vec<u32>,
     /// Phases as u8 [n].
     pub phases: Vec<u8>,
     /// The forward [n].
@@ -263,6 +268,10 @@ impl Block {
             match step.token_ids {
                 Some(ids) => self.token_ids.extend_from_slice(&ids[rows.clone()]),
                 None => self.token_ids.resize(n, NO_TOKEN),
+            }
+            match step.kv_slots {
+                Some(slots) => self.kv_slots.extend_from_slice(&slots[rows.clone()]),
+                None => self.kv_slots.resize(n, NO_SLOT),
             }
             self.phases.resize(n, span.phase as u8);
             self.steps.resize(n, step.step);

@@ -57,6 +57,11 @@ impl Row {
             if facts.weights { (0..facts.ids_per_row()).map(|i| (value(i) >> 20) as u16).collect() } else { vec![] };
         Self { number, position, phase, token_id: value(7777) as u32, experts, weights }
     }
+
+    /// Where the engine keeps this row's token.
+    pub fn kv_slot(&self) -> u32 {
+        mix(self.number, u64::from(self.position), 8888) as u32
+    }
 }
 
 /// One forward of the engine.
@@ -162,9 +167,11 @@ impl Forward {
         let experts: Vec<u8> = self.rows.iter().flat_map(|row| row.experts.clone()).collect();
         let token_ids: Vec<u32> = self.rows.iter().map(|row| row.token_id).collect();
         let positions: Vec<u32> = self.rows.iter().map(|row| row.position).collect();
+        let kv_slots: Vec<u32> = self.rows.iter().map(Row::kv_slot).collect();
         let weights: Vec<u16> = self.rows.iter().flat_map(|row| row.weights.clone()).collect();
         let weights = publisher.facts().weights.then_some(&weights[..]);
-        let rows = Rows { experts: &experts, token_ids: Some(&token_ids), positions: &positions, weights };
+        let (token_ids, kv_slots) = (Some(&token_ids[..]), Some(&kv_slots[..]));
+        let rows = Rows { experts: &experts, token_ids, positions: &positions, kv_slots, weights };
         let published = publisher.publish(&rows).unwrap();
         assert_eq!(published.rows + published.dropped, self.rows.len());
         published.dropped
@@ -195,6 +202,8 @@ pub fn rows_of(facts: &Facts, step: &Step<'_>) -> Vec<Row> {
                 experts: step.experts[row * row_bytes..(row + 1) * row_bytes].to_vec(),
                 weights: step.weights.map_or(vec![], |w| w[row * row_ids..(row + 1) * row_ids].to_vec()),
             });
+            let known: &Row = rows.last().expect("pushed above");
+            assert_eq!(step.kv_slots.expect("KV slots")[row], known.kv_slot());
         }
     }
     assert_eq!(rows.len(), step.rows, "every row belongs to a request");

@@ -1,0 +1,277 @@
+"""CUDA graphs that publish: what is recorded at the end of a captured forward, and what is done around each replay.
+
+To capture a forward runs none, so it gives no rows; every *replay* is a forward. `record` is called once, while the
+graph is captured, in place of `Tap.publish`; from then on each replay is launched through `GraphStep.replay`, which
+says whose rows it computes, or that it computes nobody's (a warm-up, an idle replay).
+
+Where Triton is at hand, two kernels in the graph publish by themselves (`expert_lens.kernels`): the CPU only stores
+where to into the graph's mailbox. Elsewhere, or where EXPERT_LENS_PUBLISHER asks, the graph packs into a buffer, and
+each replay is followed by copies on its stream.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from expert_lens._core import MAILBOX_ENTRIES, exchange_capture_mode
+from expert_lens.tap import U32, Rows, Step, Tap
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from expert_lens._core import Mailbox
+    from expert_lens.types import Span
+
+__all__ = ["GraphStep", "ReplayRows", "record"]
+
+RELAXED = 2
+"""CU_STREAM_CAPTURE_MODE_RELAXED."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayRows:
+    """Whose rows one replay computes: the first `num_rows` of those that the graph was captured with.
+
+    `spans`: as in `Writer.set_batch`. `positions`: u32 [n]; None where the graph was recorded with its own.
+    """
+
+    spans: Sequence[Span]
+    num_rows: int
+    positions: U32 | None = None
+
+
+class GraphStep(ABC):
+    """The publishing part of one captured graph, of at most `max_rows` rows a replay.
+
+    It must live for as long as the graph, whether the capture goes on or not: the graph's kernels use its memory.
+    """
+
+    def __init__(self, tap: Tap, max_rows: int) -> None:
+        self.max_rows = max_rows
+        self._tap = weakref.ref(tap)
+
+    def belongs_to(self, tap: Tap) -> bool:
+        """Whether the graph was captured for this tap."""
+        return self._tap() is tap
+
+    @abstractmethod
+    def replay(self, launch: Callable[[], Any], rows: ReplayRows | None) -> None:
+        """Launch one replay, by `launch()` on the current stream, and publish its rows; None: it has none.
+
+        Every replay must come by here. What `launch` raises is passed on, and nothing is published then.
+        """
+
+    def _active_tap(self, rows: ReplayRows | None) -> Tap | None:
+        """The tap, if this replay has rows to publish."""
+        tap = self._tap()
+        if rows is None or tap is None or not tap.active:
+            return None
+        if rows.num_rows > self.max_rows:
+            tap.fail(ValueError(f"a replay of {rows.num_rows} rows, of a graph captured with {self.max_rows}"))
+            return None
+        return tap
+
+
+def record(
+    tap: Tap,
+    step: Step,
+    num_rows: int,
+    *,
+    token_ids: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    kv_slots: torch.Tensor | None = None,
+) -> GraphStep:
+    """Record the publishing of a forward of `num_rows` rows, on the current stream, which is being captured.
+
+    `token_ids`, `positions`, `kv_slots`: integers [num_rows], of any shape, where the graph finds them at each replay;
+    of a static input its memory is read again each time.
+
+    Raises UnsupportedModelError when a layer is silent or its ids have another shape, CudaError when the driver
+    refuses.
+    """
+    if not torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("no CUDA graph is being captured on the current stream; use Tap.publish")
+    tap.check_shape(step, num_rows)
+    columns = _Columns(*(None if one is None else one.reshape(-1) for one in (token_ids, positions, kv_slots)))
+    device = tap.device(step)
+    with torch.cuda.device(device):
+        kernels = _kernels()
+        if kernels is not None:
+            ids = _alike(step.experts, num_rows, tap.top_k)
+            weights = _alike(tap.chosen_weights(step), num_rows, tap.top_k)
+            table = [one.data_ptr() for one in (*ids, *weights)]
+            with _relaxed_capture():
+                mailbox = tap.writer.mailbox(device.index, table)
+            if mailbox is not None:
+                return _ByKernels(tap, num_rows, mailbox, kernels, ids, weights, columns)
+        return _OnStream(tap, num_rows, step, columns)
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """What a graph finds beside the experts, each [num_rows]."""
+
+    token_ids: torch.Tensor | None
+    positions: torch.Tensor | None
+    kv_slots: torch.Tensor | None
+
+
+class _ByKernels(GraphStep):
+    """Kernels in the graph publish."""
+
+    def __init__(
+        self,
+        tap: Tap,
+        num_rows: int,
+        mailbox: Mailbox,
+        kernels: ModuleType,
+        ids: list[torch.Tensor],
+        weights: list[torch.Tensor],
+        columns: _Columns,
+    ) -> None:
+        super().__init__(tap, num_rows)
+        self._mailbox = mailbox
+        self._columns = columns
+
+        def launch() -> None:
+            _launch(tap, num_rows, mailbox, kernels, ids, weights, columns)
+
+        # Once for nobody, on another stream: a kernel is compiled and loaded when it is first launched, which is
+        # nothing to do inside a capture.
+        with _relaxed_capture(), torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+            launch()
+            torch.cuda.current_stream().synchronize()
+        mailbox.pass_over()
+        launch()
+
+    def replay(self, launch: Callable[[], Any], rows: ReplayRows | None) -> None:
+        mailbox, columns = self._mailbox, self._columns
+        before = mailbox.replays
+        tap = self._active_tap(rows)
+        if tap is not None and rows is not None:
+            tap.post(
+                mailbox,
+                rows.spans,
+                rows.num_rows,
+                token_ids=columns.token_ids is not None,
+                positions=rows.positions if columns.positions is None else None,
+                kv_slots=columns.kv_slots is not None,
+            )
+        if mailbox.replays == before:  # nothing to post, or no way to
+            mailbox.pass_over()
+        try:
+            launch()
+        except BaseException:
+            if (known := self._tap()) is not None:
+                known.retract(mailbox, torch.cuda.current_stream().cuda_stream)
+            raise
+
+
+class _OnStream(GraphStep):
+    """The graph packs; behind each replay, its stream copies and publishes."""
+
+    def __init__(self, tap: Tap, num_rows: int, step: Step, columns: _Columns) -> None:
+        super().__init__(tap, num_rows)
+        # These lie in the graph's own memory: as long as they are referenced, no other tensor of its pool lies there.
+        self._experts, self._weights = tap.join(step, num_rows)
+
+        def kept(column: torch.Tensor | None) -> torch.Tensor | None:
+            return None if column is None else column.to(torch.int32, copy=True)
+
+        self._columns = _Columns(kept(columns.token_ids), kept(columns.positions), kept(columns.kv_slots))
+
+    def replay(self, launch: Callable[[], Any], rows: ReplayRows | None) -> None:
+        launch()
+        tap = self._active_tap(rows)
+        if tap is None or rows is None:
+            return
+        columns = self._columns
+        positions = rows.positions if columns.positions is None else columns.positions[: rows.num_rows]
+        if positions is None:
+            tap.fail(ValueError("a replay without positions, of a graph that was recorded without them"))
+            return
+        tap.publish(
+            self._experts[: rows.num_rows],
+            None if self._weights is None else self._weights[: rows.num_rows],
+            Rows(rows.spans, positions, columns.token_ids, kv_slots=columns.kv_slots),
+        )
+
+
+def _launch(
+    tap: Tap,
+    num_rows: int,
+    mailbox: Mailbox,
+    kernels: ModuleType,
+    ids: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    columns: _Columns,
+) -> None:
+    """Launch the kernels on the current stream."""
+
+    def blocks(values: int, per_word: int) -> int:
+        per_block: int = per_word * kernels.BLOCK_WORDS
+        return -(-values // per_block)
+
+    ids_per_word = 8 if tap.num_experts <= 256 else 4
+    num_ids = num_rows * len(ids) * tap.top_k
+    some_column = any(column is not None for column in (columns.token_ids, columns.positions, columns.kv_slots))
+    id_blocks = blocks(num_ids, ids_per_word)
+    column_blocks = blocks(num_rows, 2) if some_column else 0
+    weight_blocks = blocks(num_ids, 4) if weights else 0
+    kernels.take_post[(1,)](mailbox.entries, mailbox.state, MAILBOX_ENTRIES, num_warps=1)
+    kernels.publish_rows[(id_blocks + column_blocks + weight_blocks,)](
+        mailbox.state,
+        mailbox.taken,
+        mailbox.table,
+        mailbox.table + 8 * len(ids) if weights else None,
+        columns.token_ids,
+        columns.positions,
+        columns.kv_slots,
+        id_blocks,
+        column_blocks,
+        len(ids),
+        tap.top_k,
+        ids_per_word,
+        _triton_type(ids[0]),
+        ids[0].stride(0),
+        _triton_type(weights[0]) if weights else None,
+        weights[0].stride(0) if weights else 0,
+        kernels.BLOCK_WORDS,
+    )
+
+
+def _alike(tensors: Sequence[torch.Tensor | None], num_rows: int, top_k: int) -> list[torch.Tensor]:
+    """The tensors as [num_rows, top_k], all of one type and stride."""
+    rows = [one.reshape(num_rows, top_k) for one in tensors if one is not None]
+    if len({(one.dtype, one.stride()) for one in rows}) > 1 or any(one.stride(1) != 1 for one in rows):
+        rows = [one.to(rows[0].dtype).contiguous() for one in rows]
+    return rows
+
+
+def _triton_type(tensor: torch.Tensor) -> Any:
+    import triton.language
+
+    return getattr(triton.language, str(tensor.dtype).removeprefix("torch."))
+
+
+def _kernels() -> ModuleType | None:
+    """The kernels, or None without Triton."""
+    return importlib.import_module("expert_lens.kernels") if importlib.util.find_spec("triton") else None
+
+
+@contextmanager
+def _relaxed_capture() -> Iterator[None]:
+    """Calls of this thread in the block end no capture, be it this thread's own."""
+    before = exchange_capture_mode(RELAXED)
+    try:
+        yield
+    finally:
+        exchange_capture_mode(before)

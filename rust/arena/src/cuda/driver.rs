@@ -1,0 +1,124 @@
+//! The driver's functions, loaded when a device is first used.
+
+use crate::error::{Error, Result};
+use libloading::Library;
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::sync::OnceLock;
+
+pub(super) type Status = c_int;
+pub(super) type Handle = *mut c_void;
+
+const LIBRARY: &str = "libcuda.so.1";
+/// CU_STREAM_CAPTURE_MODE_RELAXED: this thread's calls do not end a capture that another thread is making.
+pub(super) const RELAXED: c_uint = 2;
+
+macro_rules! driver {
+    ($($name:ident: $symbol:literal($($argument:ty),*);)*) => {
+        /// The driver's functions that are used here.
+        pub(super) struct Driver {
+            $(pub(super) $name: unsafe extern "C" fn($($argument),*) -> Status,)*
+            /// Keeps the functions where they are.
+            _library: Library,
+        }
+
+        impl Driver {
+            fn load() -> std::result::Result<Self, libloading::Error> {
+                // SAFETY: the library is the driver's, whose initialisers any CUDA program runs; each symbol is given the
+                // type that cuda.h declares for the name with that version suffix, which never changes.
+                unsafe {
+                    let library = Library::new(LIBRARY)?;
+                    Ok(Self { $($name: *library.get($symbol)?,)* _library: library })
+                }
+            }
+        }
+    };
+}
+
+driver! {
+    init: b"cuInit\0"(c_uint);
+    error_name: b"cuGetErrorName\0"(Status, *mut *const c_char);
+    device_get: b"cuDeviceGet\0"(*mut c_int, c_int);
+    device_attribute: b"cuDeviceGetAttribute\0"(*mut c_int, c_int, c_int);
+    retain_context: b"cuDevicePrimaryCtxRetain\0"(*mut Handle, c_int);
+    release_context: b"cuDevicePrimaryCtxRelease_v2\0"(c_int);
+    current_context: b"cuCtxGetCurrent\0"(*mut Handle);
+    push_context: b"cuCtxPushCurrent_v2\0"(Handle);
+    pop_context: b"cuCtxPopCurrent_v2\0"(*mut Handle);
+    register: b"cuMemHostRegister_v2\0"(*mut c_void, usize, c_uint);
+    unregister: b"cuMemHostUnregister\0"(*mut c_void);
+    device_pointer: b"cuMemHostGetDevicePointer_v2\0"(*mut u64, *mut c_void, c_uint);
+    copy_to_host: b"cuMemcpyDtoHAsync_v2\0"(*mut c_void, u64, usize, Handle);
+    copy_to_device: b"cuMemcpyHtoDAsync_v2\0"(u64, *const c_void, usize, Handle);
+    write_value: b"cuStreamWriteValue64_v2\0"(Handle, u64, u64, c_uint);
+    host_alloc: b"cuMemHostAlloc\0"(*mut *mut c_void, usize, c_uint);
+    host_free: b"cuMemFreeHost\0"(*mut c_void);
+    device_alloc: b"cuMemAlloc_v2\0"(*mut u64, usize);
+    device_free: b"cuMemFree_v2\0"(u64);
+    stream_create: b"cuStreamCreate\0"(*mut Handle, c_uint);
+    stream_synchronize: b"cuStreamSynchronize\0"(Handle);
+    stream_destroy: b"cuStreamDestroy_v2\0"(Handle);
+    event_create: b"cuEventCreate\0"(*mut Handle, c_uint);
+    event_record: b"cuEventRecord\0"(Handle, Handle);
+    event_query: b"cuEventQuery\0"(Handle);
+    event_destroy: b"cuEventDestroy_v2\0"(Handle);
+    exchange_capture_mode: b"cuThreadExchangeStreamCaptureMode\0"(*mut c_uint);
+}
+
+impl Driver {
+    pub fn get() -> Result<&'static Self> {
+        static DRIVER: OnceLock<std::result::Result<Driver, String>> = OnceLock::new();
+        let driver = DRIVER.get_or_init(|| {
+            let driver = Driver::load().map_err(|error| format!("cannot load {LIBRARY}: {error}"))?;
+            // SAFETY: cuInit takes flags, which must be 0, and may be called again and again.
+            match unsafe { (driver.init)(0) } {
+                0 => Ok(driver),
+                status => Err(format!("cuInit failed: {}", driver.name_of(status))),
+            }
+        });
+        driver.as_ref().map_err(|why| Error::Cuda { what: why.clone() })
+    }
+
+    fn name_of(&self, status: Status) -> String {
+        let mut name = std::ptr::null();
+        // SAFETY: `name` is a place for one pointer; where the call succeeds, it points to a constant string.
+        let known = unsafe { (self.error_name)(status, &mut name) } == 0 && !name.is_null();
+        if !known {
+            return format!("error {status}");
+        }
+        // SAFETY: as above: a constant, NUL-terminated string of the driver.
+        unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()
+    }
+
+    pub fn check(&self, call: &str, status: Status) -> Result<()> {
+        if status == 0 { Ok(()) } else { Err(Error::Cuda { what: format!("{call} failed: {}", self.name_of(status)) }) }
+    }
+
+    /// Run `work` with `context` current, and calls that would end another thread's stream capture allowed.
+    pub fn within<T>(&self, context: usize, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let mut mode = RELAXED;
+        let mut current: Handle = std::ptr::null_mut();
+        // SAFETY: places for one value each; neither call touches anything but this thread's own state.
+        unsafe {
+            self.check("cuThreadExchangeStreamCaptureMode", (self.exchange_capture_mode)(&mut mode))?;
+            (self.current_context)(&mut current);
+        }
+        let pushed = current as usize != context;
+        let entered = if pushed {
+            // SAFETY: `context` is a primary context that is retained for as long as its `Device` lives.
+            self.check("cuCtxPushCurrent", unsafe { (self.push_context)(context as Handle) })
+        } else {
+            Ok(())
+        };
+        let result = entered.and_then(|()| {
+            let result = work();
+            if pushed {
+                // SAFETY: takes off what was pushed above; `current` is a place for its handle.
+                unsafe { (self.pop_context)(&mut current) };
+            }
+            result
+        });
+        // SAFETY: puts back the mode that the first call gave.
+        unsafe { (self.exchange_capture_mode)(&mut mode) };
+        result
+    }
+}

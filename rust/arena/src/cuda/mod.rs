@@ -1,0 +1,267 @@
+//! The GPU as a publisher: it copies rows into the arena itself and stores the sequence number behind them, on the stream
+//! that computed them. No thread of the engine waits for a copy, or looks whether it is done.
+//!
+//! The driver's library is loaded when a device is first used, so the same build runs where there is none. The mapping
+//! is pinned once, for all contexts. Three ways to publish, the same records:
+//!
+//! * **Graph**: kernels in the engine's CUDA graph write the rows and store the number with a system-scope release; where
+//!   to, they read from a [`Mailbox`]. No call of the driver a step.
+//! * **Stream**: `cuStreamWriteValue64` behind the copies. Without `CU_STREAM_WRITE_VALUE_NO_MEMORY_BARRIER` it is preceded
+//!   by a system-wide memory fence that covers them (CUDA driver API, "Stream Memory Operations"), so whoever sees the
+//!   number with an acquire load sees the rows.
+//! * **Event**, where a device lacks those operations or `EXPERT_LENS_PUBLISHER=event` asks: an event behind the copies,
+//!   and a thread of ours that queries it and stores the number with release. A completed event makes what the stream did
+//!   before it visible to the host ("Event Management", `cuEventQuery`).
+//!
+//! What the CPU writes into a record it writes before the copies are enqueued; the store that hands the device its work
+//! comes after, and x86-64 and the driver's barriers keep that order.
+
+mod driver;
+mod events;
+mod mailbox;
+
+use crate::error::{Error, Result};
+use crate::memory::{Mapped, Memory};
+use crate::writer::Landing;
+use driver::{Driver, Handle};
+use events::{EVENT_PERIOD, Watcher};
+pub(crate) use mailbox::ByPost;
+pub use mailbox::{ENTRIES, Mailbox};
+use std::ffi::{c_int, c_uint};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP: pinned for every context, and reached by the device.
+const REGISTER_FLAGS: c_uint = 1 | 2;
+/// CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS
+const CAN_WRITE_64: c_int = 122;
+/// Longest wait, at the end, for copies that are on their way.
+const LANDING_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How records of devices are published.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Kernels in the engine's CUDA graph write the rows and the sequence number.
+    Graph,
+    /// The stream stores the sequence number.
+    Stream,
+    /// A thread of ours stores it, once an event has come.
+    Event,
+}
+
+/// Set how this thread's calls stand to stream captures (0: global, 1: thread-local, 2: relaxed, CUDA driver API,
+/// `CUstreamCaptureMode`); gives how they stood. Relaxed, they end no capture.
+///
+/// # Errors
+/// [`Error::Cuda`] without a driver, or for another mode.
+pub fn exchange_capture_mode(mode: u32) -> Result<u32> {
+    let driver = Driver::get()?;
+    let mut mode = mode;
+    // SAFETY: a place for one value; the call touches nothing but this thread's own state.
+    let status = unsafe { (driver.exchange_capture_mode)(&mut mode) };
+    driver.check("cuThreadExchangeStreamCaptureMode", status).map(|()| mode)
+}
+
+/// A device that publishes, with its context retained.
+struct Device {
+    ordinal: c_int,
+    /// Its CUdevice.
+    device: c_int,
+    /// Its CUcontext.
+    context: usize,
+    /// Where the device finds the arena.
+    base: u64,
+    /// [`Way::Stream`] or [`Way::Event`]: what publishes copies.
+    by_event: bool,
+}
+
+/// An arena's mapping, pinned, and the devices that publish into it.
+pub(crate) struct Pinned {
+    driver: &'static Driver,
+    memory: Arc<Mapped>,
+    devices: Vec<Device>,
+    watcher: Option<Watcher>,
+    asked: Asked,
+    /// How records were published so far; once a graph has, this says so.
+    used: Option<Way>,
+}
+
+/// What `EXPERT_LENS_PUBLISHER` asks for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    /// Graphs where there are some, streams elsewhere, events where a device lacks what streams need.
+    Best,
+    Stream,
+    Event,
+}
+
+impl Pinned {
+    /// Load the driver. Nothing is pinned before the first device is used.
+    pub fn new(memory: Arc<Mapped>) -> Result<Self> {
+        let asked = match std::env::var("EXPERT_LENS_PUBLISHER").as_deref() {
+            Ok("event") => Asked::Event,
+            Ok("stream") => Asked::Stream,
+            Ok("graph" | "") | Err(_) => Asked::Best,
+            Ok(other) => {
+                return Err(Error::invalid(format!(
+                    "EXPERT_LENS_PUBLISHER is '{other}'; give 'graph', 'stream' or 'event', or leave it out"
+                )));
+            }
+        };
+        let driver = Driver::get()?;
+        Ok(Self { driver, memory, devices: Vec::new(), watcher: None, asked, used: None })
+    }
+
+    /// How records were published; None if none was.
+    pub fn way(&self) -> Option<Way> {
+        self.used
+    }
+
+    /// What brings rows of a device into the arena, on its raw stream.
+    pub fn landing(&mut self, ordinal: i32, stream: u64) -> Result<OnStream<'_>> {
+        let at = self.device(ordinal)?;
+        if self.used != Some(Way::Graph) {
+            self.used = Some(if self.devices[at].by_event { Way::Event } else { Way::Stream });
+        }
+        Ok(OnStream { pinned: self, at, stream: stream as usize })
+    }
+
+    /// A mailbox for a graph of that device, with `table` behind its state; None if another way to publish was asked for.
+    pub fn mailbox(&mut self, ordinal: i32, table: &[u64]) -> Result<Option<Mailbox>> {
+        let at = self.device(ordinal)?;
+        if self.asked != Asked::Best {
+            return Ok(None);
+        }
+        let Device { device, context, .. } = self.devices[at];
+        Mailbox::new(self.driver, ordinal, device, context, table).map(Some)
+    }
+
+    /// What publishes a step of `rows` rows by the next replay of the mailbox's graph; None if too many replays are on
+    /// their way.
+    pub fn by_post<'a>(&mut self, mailbox: &'a mut Mailbox, rows: usize) -> Result<Option<ByPost<'a>>> {
+        let has_room = mailbox.advance()?;
+        let at = self.device(mailbox.ordinal())?;
+        self.used = Some(Way::Graph);
+        Ok(has_room.then(|| ByPost { mailbox, base: self.devices[at].base, rows, payload: None }))
+    }
+
+    fn device(&mut self, ordinal: i32) -> Result<usize> {
+        match self.devices.iter().position(|device| device.ordinal == ordinal) {
+            Some(at) => Ok(at),
+            None => self.add(ordinal),
+        }
+    }
+
+    fn add(&mut self, ordinal: c_int) -> Result<usize> {
+        let driver = self.driver;
+        let (mut device, mut context, mut can_write): (c_int, Handle, c_int) = (0, std::ptr::null_mut(), 0);
+        // SAFETY: places for one value each; `device` is what the first call gave. Retaining the primary context, which
+        // torch uses too, keeps it alive until `Pinned` is dropped.
+        unsafe {
+            driver.check("cuDeviceGet", (driver.device_get)(&mut device, ordinal))?;
+            driver.check("cuDeviceGetAttribute", (driver.device_attribute)(&mut can_write, CAN_WRITE_64, device))?;
+            driver.check("cuDevicePrimaryCtxRetain", (driver.retain_context)(&mut context, device))?;
+        }
+        let first = self.devices.is_empty();
+        let (address, len) = (self.memory.address(), self.memory.len() * 8);
+        let mut base = 0;
+        let pinned = driver.within(context as usize, || {
+            if first {
+                // SAFETY: the mapping is `len` bytes, page-aligned, and stays mapped until `Pinned` has unregistered it.
+                let status = unsafe { (driver.register)(address, len, REGISTER_FLAGS) };
+                driver.check("cuMemHostRegister", status).map_err(|error| Error::Cuda {
+                    what: format!(
+                        "cannot pin the arena of {len} bytes: {error}; it must lie on a tmpfs (EXPERT_LENS_DIR, by default in \
+                         /dev/shm), and fit into what the process may lock"
+                    ),
+                })?;
+            }
+            // SAFETY: `address` is registered, with DEVICEMAP and PORTABLE; `base` is a place for one pointer.
+            driver.check("cuMemHostGetDevicePointer", unsafe { (driver.device_pointer)(&mut base, address, 0) })
+        });
+        if let Err(error) = pinned {
+            // SAFETY: gives back what was retained above.
+            unsafe { (driver.release_context)(device) };
+            return Err(error);
+        }
+        let by_event = self.asked == Asked::Event || can_write == 0;
+        if by_event && self.watcher.is_none() {
+            self.watcher = Some(Watcher::start(driver, Arc::clone(&self.memory))?);
+        }
+        self.devices.push(Device { ordinal, device, context: context as usize, base, by_event });
+        Ok(self.devices.len() - 1)
+    }
+
+    /// Let the copies that are on their way land: `landed` says whether they have. If they do not within
+    /// [`LANDING_TIMEOUT`], the mapping is leaked, pinned as it is, because a device may still write to it.
+    pub fn settle(&mut self, landed: impl Fn() -> bool) {
+        let deadline = Instant::now() + LANDING_TIMEOUT;
+        while !landed() {
+            if Instant::now() >= deadline {
+                std::mem::forget((Arc::clone(&self.memory), self.watcher.take()));
+                self.devices.clear();
+                return;
+            }
+            std::thread::sleep(EVENT_PERIOD);
+        }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        self.watcher = None;
+        let (driver, address) = (self.driver, self.memory.address());
+        if let Some(first) = self.devices.first() {
+            // If the driver or the context is gone before us, so is the registration: nothing is left to undo.
+            // SAFETY: registered in `add`; `settle` has seen every copy land, so no device writes there any more.
+            let _ = driver
+                .within(first.context, || driver.check("cuMemHostUnregister", unsafe { (driver.unregister)(address) }));
+        }
+        for device in &self.devices {
+            // SAFETY: retained in `add`, once for each entry.
+            unsafe { (driver.release_context)(device.device) };
+        }
+    }
+}
+
+/// Copies and publishes on one stream.
+pub(crate) struct OnStream<'a> {
+    pinned: &'a mut Pinned,
+    at: usize,
+    /// Its CUstream.
+    stream: usize,
+}
+
+impl Landing for OnStream<'_> {
+    fn copy(&mut self, at: usize, address: u64, len: usize) -> Result<()> {
+        let Pinned { driver, memory, devices, .. } = &*self.pinned;
+        assert!(at * 8 + len <= memory.len() * 8, "the writer reserved what it copies to");
+        driver.within(devices[self.at].context, || {
+            // SAFETY: the target is `len` bytes of the pinned mapping, reserved for this record; nobody else writes there
+            // until the record has landed (`Writer::make_room`). The source is the caller's: `Writer::publish_device`.
+            driver.check("cuMemcpyDtoHAsync", unsafe {
+                (driver.copy_to_host)(
+                    memory.address().cast::<u8>().add(at * 8).cast(),
+                    address,
+                    len,
+                    self.stream as Handle,
+                )
+            })
+        })
+    }
+
+    fn publish(&mut self, at: usize, value: u64) -> Result<()> {
+        let stream = self.stream as Handle;
+        let Pinned { driver, memory, devices, watcher, .. } = &mut *self.pinned;
+        let device = &devices[self.at];
+        assert!(at < memory.len(), "the writer publishes in its arena");
+        driver.within(device.context, || match watcher {
+            Some(watcher) if device.by_event => watcher.watch(stream, device.context, at, value),
+            // SAFETY: the word lies in the pinned mapping, where the device knows it as `base + at * 8`. Flag 0 keeps the
+            // barrier before the store.
+            _ => driver.check("cuStreamWriteValue64", unsafe {
+                (driver.write_value)(stream, device.base + at as u64 * 8, value, 0)
+            }),
+        })
+    }
+}

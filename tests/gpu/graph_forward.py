@@ -1,0 +1,92 @@
+"""A forward in a CUDA graph whose rows follow from step and position, and that publishes by itself."""
+
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+from patterns import PRIME, K, L
+
+from expert_lens import graphs
+from expert_lens._core import Writer
+from expert_lens.tap import Tap
+
+
+def make_tap(capture: str, num_experts: int = 128, *, layers: int = L, top_k: int = K, **options: Any) -> Tap:
+    weights = options.pop("weights", False)
+    facts: dict[str, Any] = {"layers": list(range(layers)), "num_experts": num_experts, "top_k": top_k}
+    return Tap(Writer(capture, **facts, weights=weights, **options), **facts, weights=weights)
+
+
+class GraphForward:
+    """Captured for `max_rows` rows; each replay computes the rows of one step, at the positions of its static input.
+
+    Row r of step s, at position p: expert ids (s * PRIME + 11 p + 3 layer + 5 k) mod E, token id p + s mod 1000, KV
+    slot 3 p + s, weights ids / 1024.
+    """
+
+    def __init__(
+        self,
+        tap: Tap,
+        max_rows: int,
+        *,
+        dtype: torch.dtype = torch.int64,
+        columns: bool = True,
+        strided: bool = False,
+        warm_up: bool = True,
+    ) -> None:
+        self.tap = tap
+        self.dtype = dtype
+        self.columns = columns
+        self.strided = strided
+        device = torch.device("cuda", torch.cuda.current_device())
+        layer, choice = torch.arange(len(tap.layers), device=device), torch.arange(tap.top_k, device=device)
+        self.offsets = layer[:, None] * 3 + choice * 5
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+        self.positions = torch.arange(max_rows, device=device)
+        self.seen = torch.zeros((), dtype=torch.int64, device=device)
+        self.stream = torch.cuda.Stream()
+        self.graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        if warm_up:
+            with torch.cuda.stream(self.stream):
+                self.run()
+                tap.end()
+        self.stream.synchronize()
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            columns_in_graph = self.run()
+            held = tap.end()
+            assert held is not None
+            self.recorded = graphs.record(tap, held, max_rows, **columns_in_graph)
+        self.max_rows = max_rows
+
+    def run(self) -> dict[str, torch.Tensor]:
+        """The forward: hands each layer's ids to the tap, and gives the columns that go with them."""
+        tap, step = self.tap, self.step
+        tap.begin()
+        first = step * PRIME + self.positions * 11
+        if self.strided:
+            ids = (first[:, None, None] + self.offsets).remainder(tap.num_experts).to(self.dtype).unbind(1)
+        else:
+            ids = (first[:, None] + self.offsets[:, None]).remainder(tap.num_experts).to(self.dtype).unbind(0)
+        for slot, one in enumerate(ids):
+            tap.layer(slot, one, one.to(torch.float32) / 1024 if tap.weights else None)
+        self.seen.copy_(step)
+        tokens = (self.positions + step % 1000).to(torch.int32)
+        if not self.columns:
+            return {"token_ids": tokens}
+        return {"token_ids": tokens, "positions": self.positions, "kv_slots": self.positions * 3 + step}
+
+    def replay(self, rows: int | None, *, request: str = "a", first: int = 0, launch: Any = None) -> int:
+        """Replay step `writer.steps` for `rows` rows from position `first`, or for nobody; gives the step."""
+        step = self.tap.writer.steps
+        with torch.cuda.stream(self.stream):
+            self.step.fill_(step if rows is not None else 12_345)
+            self.positions.copy_(torch.arange(first, first + self.max_rows), non_blocking=True)
+            replayed = None
+            if rows is not None:
+                spans: Any = [(crc32(request.encode()), request, 0, rows, 0, "decode")]
+                positions = None if self.columns else np.arange(first, first + rows, dtype=np.uint32)
+                replayed = graphs.ReplayRows(spans, rows, positions)
+            self.recorded.replay(launch or self.graph.replay, replayed)
+        return step

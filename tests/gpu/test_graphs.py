@@ -1,0 +1,335 @@
+"""CUDA graphs publish: each replay's rows, whole and no other's, whatever happens between them."""
+
+import random
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from graph_forward import GraphForward, make_tap
+from patterns import K, L, OnDevice, publish
+from test_publishing import SIZES, STEPS, report, start_reader
+
+from expert_lens import graphs
+from expert_lens._core import MAILBOX_ENTRIES, RowStream
+from expert_lens.errors import CudaError, UnsupportedModelError
+from expert_lens.tap import Tap
+
+GRAPH = "graph"
+
+
+@pytest.fixture(params=[GRAPH, "stream", "event"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("EXPERT_LENS_PUBLISHER", request.param)
+    return str(request.param)
+
+
+@pytest.fixture
+def taps() -> Iterator[list[Tap]]:
+    made: list[Tap] = []
+    yield made
+    for tap in made:
+        tap.close()
+
+
+def read(stream: RowStream, rows: int) -> dict[str, Any]:
+    """The next `rows` rows; they may come in several blocks."""
+    torch.cuda.synchronize()
+    blocks: list[Any] = []
+    missing, deadline = rows, time.monotonic() + 10
+    while missing > 0 and time.monotonic() < deadline:
+        blocks.append(stream.take(missing, 0.5))
+        assert blocks[-1]["corrupt"] == blocks[-1]["unattributed"] == 0
+        missing -= len(blocks[-1]["steps"])
+    assert missing == 0
+    arrays = (name for name, value in blocks[0].items() if isinstance(value, np.ndarray))
+    return {name: np.concatenate([block[name] for block in blocks]) for name in arrays}
+
+
+def check(
+    block: dict[str, Any],
+    num_experts: int,
+    layers: int = L,
+    top_k: int = K,
+    *,
+    columns: bool = True,
+    weights: bool = False,
+) -> None:
+    """Every row is what its step and position say."""
+    steps, positions = block["steps"].astype(np.int64), block["positions"].astype(np.int64)
+    first = steps * 7919 + positions * 11
+    ids = (first[:, None, None] + np.arange(layers)[:, None] * 3 + np.arange(top_k) * 5) % num_experts
+    np.testing.assert_array_equal(block["experts"], ids)
+    np.testing.assert_array_equal(block["token_ids"], positions + steps % 1000)
+    if columns:
+        np.testing.assert_array_equal(block["kv_slots"], positions * 3 + steps)
+    if weights:
+        np.testing.assert_array_equal(block["weights"], (ids.astype(np.float32) / 1024).astype(np.float16))
+
+
+SHAPES = [(128, 48, 8), (256, 48, 8), (1024, 7, 3), (8, 3, 2), (300, 1, 1), (60, 5, 5)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize(("dtype", "columns", "strided"), [(torch.int64, True, False), (torch.int32, False, True)])
+def test_every_row_of_batches_smaller_than_the_graph(
+    way: str,
+    taps: list[Tap],
+    shape: tuple[int, int, int],
+    weights: bool,
+    dtype: torch.dtype,
+    columns: bool,
+    strided: bool,
+) -> None:
+    num_experts, layers, top_k = shape
+    tap = make_tap("seen", num_experts, layers=layers, top_k=top_k, weights=weights)
+    taps.append(tap)
+    stream = RowStream("seen")
+    forward = GraphForward(tap, 70, dtype=dtype, columns=columns, strided=strided)
+    assert tap.writer.steps == 0
+    sizes = [1, 2, 3, 70, 8, 69]
+    for rows in sizes:
+        forward.replay(rows, first=5)
+    block = read(stream, sum(sizes))
+    check(block, num_experts, layers, top_k, columns=columns, weights=weights)
+    assert block["positions"].tolist() == [5 + row for rows in sizes for row in range(rows)]
+    assert tap.error is None
+    assert tap.writer.publisher == way
+
+
+@pytest.mark.usefixtures("way")
+def test_warm_ups_captures_and_idle_replays_give_no_rows_and_shift_none(taps: list[Tap]) -> None:
+    tap = make_tap("idle")
+    taps.append(tap)
+    stream = RowStream("idle")
+    forward = GraphForward(tap, 16)
+    forward.replay(None)
+    with torch.cuda.stream(forward.stream):
+        torch.cuda._sleep(200_000_000)  # the CPU runs ahead from here on
+    expected = []
+    for rows in (3, None, 1, None, None, 16, None, 2):
+        step = forward.replay(rows, request=f"r{rows}")
+        expected += [step] * (rows or 0)
+    block = read(stream, 22)
+    check(block, 128)
+    assert block["steps"].tolist() == expected == [0] * 3 + [1] + [2] * 16 + [3] * 2
+    assert tap.error is None
+
+
+@pytest.mark.parametrize("launched", [False, True])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_replay_that_fails_after_its_record_was_reserved_is_void(
+    way: str, taps: list[Tap], launched: bool, ahead: bool
+) -> None:
+    tap = make_tap("failing")
+    taps.append(tap)
+    stream = RowStream("failing")
+    forward = GraphForward(tap, 16)
+
+    def fail() -> None:
+        if launched:
+            forward.graph.replay()
+        raise KeyboardInterrupt("in the engine")
+
+    forward.replay(4)
+    if ahead:
+        with torch.cuda.stream(forward.stream):
+            torch.cuda._sleep(200_000_000)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt, match="in the engine"):
+            forward.replay(5, request="failed", launch=fail)
+        forward.replay(6)
+    with pytest.raises(KeyboardInterrupt):
+        forward.replay(None, launch=fail)
+    forward.replay(7)
+    torch.cuda.synchronize()
+    stream.stop()
+    block: Any = stream.take(1000, 5.0)
+    check(block, 128)
+    found = [int((block["steps"] == step).sum()) for step in range(tap.writer.steps)]
+    failed = [rows for rows in found if rows not in (4, 6, 7)]
+    assert [rows for rows in found if rows in (4, 6, 7)] == [4, 6, 6, 7]
+    assert set(failed) <= ({0, 5} if launched and way == GRAPH else {0}), "rows of the failed replay, or none"
+    assert tap.error is None
+    assert stream.is_over
+
+
+@pytest.mark.usefixtures("way")
+def test_graphs_captured_anew_at_run_time_and_graphs_in_turn(taps: list[Tap]) -> None:
+    tap = make_tap("anew")
+    taps.append(tap)
+    stream = RowStream("anew")
+    forwards = [GraphForward(tap, 8), GraphForward(tap, 64)]
+    sent = 0
+    for turn in range(60):
+        forwards[turn % 2].replay(turn % 8 + 1)
+        sent += turn % 8 + 1
+        if turn % 20 == 19:
+            forwards[turn // 20 % 2] = GraphForward(tap, 64, warm_up=False)
+    check(read(stream, sent), 128)
+    assert tap.error is None
+
+
+@pytest.mark.usefixtures("way")
+def test_eager_steps_and_replays_are_read_in_their_order(taps: list[Tap]) -> None:
+    tap = make_tap("both")
+    taps.append(tap)
+    stream = RowStream("both")
+    forward = GraphForward(tap, 64)
+    source = OnDevice(128, 64)
+    torch.cuda.synchronize()
+    sent = 0
+    for turn in range(200):
+        rows = turn % 64 + 1
+        if turn % 3:
+            forward.replay(rows)
+        else:
+            with torch.cuda.stream(forward.stream):
+                publish(tap.writer, source, tap.writer.steps, rows)
+            tap._batch = None  # stated behind the tap's back
+        sent += rows
+    block = read(stream, sent)
+    check({**block, "kv_slots": block["positions"] * 3 + block["steps"]}, 128)
+    assert (np.diff(block["steps"].astype(np.int64)) >= 0).all()
+
+
+def test_what_does_not_fit_is_dropped_and_counted(way: str, taps: list[Tap]) -> None:
+    tap = make_tap("small", arena_bytes=1 << 17)
+    taps.append(tap)
+    stream = RowStream("small")
+    forward = GraphForward(tap, 256)
+    for _ in range(40):
+        forward.replay(16)
+    torch.cuda.synchronize()
+    dropped = tap.writer.dropped_tokens
+    assert 0 < dropped < 40 * 16
+    check(read(stream, 40 * 16 - dropped), 128)
+    stream.release()
+    forward.replay(3)
+    check(read(stream, 3), 128)
+    if way == GRAPH:
+        before = tap.writer.dropped_tokens
+        forward.replay(256)  # more than a quarter of the ring: a graph's step is one record
+        forward.replay(2)
+        assert tap.writer.dropped_tokens == before + 256
+        check(read(stream, 2), 128)
+    assert tap.error is None
+
+
+def test_the_cpu_may_run_ahead_of_the_device(monkeypatch: pytest.MonkeyPatch, taps: list[Tap]) -> None:
+    monkeypatch.setenv("EXPERT_LENS_PUBLISHER", GRAPH)
+    tap = make_tap("ahead")
+    taps.append(tap)
+    stream = RowStream("ahead")
+    forward = GraphForward(tap, 4)
+    with torch.cuda.stream(forward.stream):
+        torch.cuda._sleep(2_000_000_000)
+    for _ in range(MAILBOX_ENTRIES + 200):
+        forward.recorded.replay(forward.graph.replay, graphs.ReplayRows([(1, "a", 0, 2, 0, "decode")], 2))
+    torch.cuda.synchronize()
+    sent = (MAILBOX_ENTRIES + 200) * 2
+    block: Any = stream.take(sent - tap.writer.dropped_tokens, 10.0)
+    assert len(block["steps"]) == sent - tap.writer.dropped_tokens
+    assert block["positions"].tolist() == [0, 1] * (len(block["steps"]) // 2)
+    assert tap.error is None
+    forward.replay(3)
+    check(read(stream, 3), 128)
+
+
+def test_replays_that_pass_by_switch_the_capture_off(monkeypatch: pytest.MonkeyPatch, taps: list[Tap]) -> None:
+    monkeypatch.setenv("EXPERT_LENS_PUBLISHER", GRAPH)
+    tap = make_tap("unseen")
+    taps.append(tap)
+    stream = RowStream("unseen")
+    forward = GraphForward(tap, 8)
+    forward.replay(8)
+    torch.cuda.synchronize()
+    forward.graph.replay()
+    torch.cuda.synchronize()
+    with pytest.warns(RuntimeWarning, match="1 passed by the capture"):
+        forward.replay(8)
+    assert isinstance(tap.error, CudaError)
+    check(read(stream, 8), 128)
+    forward.replay(None)
+    torch.cuda.synchronize()
+    assert forward.seen.item() == 12_345, "the graph runs on"
+
+
+@pytest.mark.usefixtures("way")
+def test_a_graph_outlives_its_capture(taps: list[Tap]) -> None:
+    tap = make_tap("first")
+    forward = GraphForward(tap, 8)
+    forward.replay(8)
+    tap.close()
+    for step in range(5):
+        forward.step.fill_(step)
+        forward.graph.replay()
+    torch.cuda.synchronize()
+    assert forward.seen.item() == 4
+    again = make_tap("second")
+    taps.append(again)
+    stream = RowStream("second")
+    forward.recorded.replay(forward.graph.replay, graphs.ReplayRows([(1, "a", 0, 2, 0, "decode")], 2))
+    other = GraphForward(again, 8)
+    del forward
+    other.replay(5)
+    check(read(stream, 5), 128)
+    assert again.error is None
+
+
+def test_a_layer_that_is_silent_inside_a_capture_is_named(taps: list[Tap]) -> None:
+    tap = make_tap("silent", layers=3, top_k=2)
+    taps.append(tap)
+    ids = torch.zeros((4, 2), dtype=torch.int64, device="cuda")
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        tap.begin()
+        tap.layer(0, ids)
+        tap.layer(2, ids)
+        held = tap.end()
+        assert held is not None
+        with pytest.raises(UnsupportedModelError, match=r"layers \(1,\) gave no experts"):
+            graphs.record(tap, held, 4)
+        torch.zeros(1, device="cuda")
+    with pytest.raises(RuntimeError, match="no CUDA graph is being captured"):
+        graphs.record(tap, held, 4)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_stress(monkeypatch: pytest.MonkeyPatch, mixed: bool, taps: list[Tap]) -> None:
+    """Every row of 200 000 replays of mixed sizes, up to 16384 rows; mixed: every other step by stream."""
+    monkeypatch.setenv("EXPERT_LENS_PUBLISHER", GRAPH)
+    tap = make_tap("stress", arena_bytes=512 << 20, on_full="wait", wait_timeout=60.0)
+    taps.append(tap)
+    reader = start_reader("stress")
+    forwards = [GraphForward(tap, rows) for rows in (1, 16, 64, 256, 4096, 16384)]
+    stream = forwards[0].stream
+    for forward in forwards:
+        forward.stream = stream
+    source = OnDevice(128, 16384)
+    torch.cuda.synchronize()
+    rng = random.Random(1)
+    sent = 0
+    for step in range(STEPS):
+        rows = 16384 if step % 10_000 == 5_000 else rng.choice(SIZES)
+        if mixed and step % 2:
+            with torch.cuda.stream(stream):
+                publish(tap.writer, source, step, rows)
+            tap._batch = None
+        else:
+            forward = next(one for one in forwards if one.max_rows >= rows)
+            with torch.cuda.stream(stream):
+                forward.step.fill_(step)
+                forward.recorded.replay(forward.graph.replay, graphs.ReplayRows([(1, "a", 0, rows, 0, "decode")], rows))
+        sent += rows
+    torch.cuda.synchronize()
+    tap.writer.close()
+    assert report(reader) == {
+        "rows": sent, "steps": STEPS, "wrong": 0, "wrong_tokens": 0, "corrupt": 0, "dropped": 0,
+    }  # fmt: skip
+    assert tap.error is None
+    assert tap.writer.publisher == GRAPH
+    assert tap.writer.dropped_tokens == 0
