@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
 import oracle
 from expert_lens._core import Collector
@@ -124,12 +123,3 @@ def check_generated(
             "missing": 0,
         }
     return list(lengths)
-
-
-def small_batches(**changes: Any) -> Any:
-    """A cache of 64 pages; the default takes nearly all memory that there is."""
-    return transformers.ContinuousBatchingConfig(**{"num_blocks": 64, "page_size": 4, **changes})
-
-
-def generate_batch(model: Any, prompts: list[list[int]], **options: Any) -> Any:
-    return model.generate_batch(prompts, **{"continuous_batching_config": small_batches(), **options})

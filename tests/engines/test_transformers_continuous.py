@@ -2,74 +2,16 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
-from transformers.generation.continuous_batching import input_outputs
 
-from expert_lens.errors import (
-    EngineHookError,
-)
+from batches import Batches, check_batches, generate_batch, small_batches
+from expert_lens.errors import EngineHookError
 from oracle import Oracle, replayed
-from support import MISSING, Array, Attach, Capture, generate_batch, small_batches
+from support import Attach
 from tiny_models import FAMILIES
-
-
-class Batches:
-    """What each packed forward held, noted where the engine writes its tensors: [(request, tokens)]."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[tuple[str, int, int]]] = []
-
-    @contextmanager
-    def watching(self) -> Iterator["Batches"]:
-        original = input_outputs.ContinuousBatchingIOs.prepare_batch_tensors
-
-        def prepare(io: Any, requests_in_batch: Any, *args: Any, **kwargs: Any) -> Any:
-            self.batches.append(
-                [(each.state.request_id, each.state.position_offset, each.query_length) for each in requests_in_batch]
-            )
-            return original(io, requests_in_batch, *args, **kwargs)
-
-        input_outputs.ContinuousBatchingIOs.prepare_batch_tensors = prepare
-        try:
-            yield self
-        finally:
-            input_outputs.ContinuousBatchingIOs.prepare_batch_tensors = original
-
-    def rows(self, truth: Oracle) -> dict[str, dict[int, Array]]:
-        """Of each request, the experts by position; the last forward over a position counts."""
-        result: dict[str, dict[int, Array]] = {}
-        for batch, ids in zip(self.batches, truth.ids, strict=True):
-            start = 0
-            for request, position, length in batch:
-                held = result.setdefault(request, {})
-                held.update({position + i: ids[start + i] for i in range(length)})
-                start += length
-            assert start == len(ids)
-        return result
-
-
-def check_batches(capture: Capture, truth: Oracle, batches: Batches, results: dict[str, Any]) -> None:
-    expected = batches.rows(truth)
-    assert capture.tap.error is None
-    for request, result in results.items():
-        rows = capture.rows(request)
-        tokens = (result.prompt_ids + result.generated_tokens)[:-1]
-        prompt = len(result.prompt_ids)
-        assert len(rows["phases"]) == len(tokens)
-        for position, phase in enumerate(rows["phases"]):
-            if position not in expected[request]:
-                assert phase == MISSING
-                continue
-            np.testing.assert_array_equal(rows["experts"][position], expected[request][position])
-            assert rows["token_ids"][position] == tokens[position]
-            assert phase == (0 if position < prompt else 1)
-        entry = capture.requests()[request]
-        assert (entry["state"], entry["prompt_tokens"]) == ("finished", prompt)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -83,7 +25,7 @@ def test_continuous_batching_gives_the_rows_that_the_experts_received(family: st
     with Oracle(model).watching() as truth, Batches().watching() as batches:
         results = generate_batch(model, prompts, max_new_tokens=9)
     assert len(results) == 5
-    check_batches(capture, truth, batches, results)
+    check_batches(capture, batches.rows(truth), results)
     assert {entry["missing"] for entry in capture.requests().values()} == {0}
     assert capture.stats()["tokens"] == sum(len(ids) for ids in truth.ids)
 
@@ -94,7 +36,7 @@ def test_prompts_that_are_cut_into_chunks_are_put_together_again(attach: Attach,
     prompts = [list(range(3, 33)), [40, 41, 42], list(range(20, 45))]
     with Oracle(model).watching() as truth, Batches().watching() as batches:
         results = generate_batch(model, prompts, max_new_tokens=5, continuous_batching_config=config)
-    check_batches(capture, truth, batches, results)
+    check_batches(capture, batches.rows(truth), results)
     assert len(batches.batches) > 7
 
 
@@ -111,7 +53,7 @@ def test_a_prefix_that_another_request_computed_is_missing(attach: Attach, model
         for prompt in ([*shared, 50], [*shared, 51, 52]):
             request = manager.add_request(prompt, max_new_tokens=4)
             results[request] = next(iter(manager.request_id_iter(request)))
-    check_batches(capture, truth, batches, results)
+    check_batches(capture, batches.rows(truth), results)
     assert [entry["missing"] for entry in capture.requests().values()] == [0, 12]
 
 
@@ -124,7 +66,7 @@ def test_sequences_that_part_from_one_prompt_have_their_own_rows(attach: Attach,
     with Oracle(model).watching() as truth, Batches().watching() as batches:
         results = generate_batch(model, [[5, 6, 7, 8, 9]], generation_config=generation)
     assert len(results) == 3
-    check_batches(capture, truth, batches, results)
+    check_batches(capture, batches.rows(truth), results)
     assert [capture.requests()[name]["missing"] for name in sorted(results)] == [0, 4, 4]
 
 

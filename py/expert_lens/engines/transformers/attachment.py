@@ -35,6 +35,8 @@ class _Inputs:
     call: GenerateCall | None = None
     packed: dict[str, Any] | None = None
     """The keyword arguments, if this is a forward of continuous batching."""
+    in_graph: bool = False
+    """Whether the forward is being captured in a CUDA graph: it is not run now."""
     token_ids: Any = None
     shape: tuple[int, int] = (0, 0)
     mask: Any = None
@@ -119,7 +121,7 @@ class TransformersTap:
         return self._tap.lost_tokens
 
     @property
-    def publisher(self) -> Literal["host", "stream", "event"]:
+    def publisher(self) -> Literal["host", "graph", "stream", "event"]:
         """What publishes: `Writer.publisher`."""
         return self.writer.publisher
 
@@ -209,10 +211,6 @@ class TransformersTap:
         manager = original(*args, **kwargs)
         if self._tap.active:
             try:
-                if self._model.device.type == "cuda":
-                    raise UnsupportedModelError(
-                        "generate_batch on a GPU cannot be captured by this version; use generate there."
-                    )
                 self._continuous.add(manager, self._names.current())
             except Exception as error:
                 self._tap.fail(error)
@@ -271,8 +269,14 @@ class TransformersTap:
 
     def _read(self, call: GenerateCall | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Inputs:
         named = {**dict(zip(self._decoder_arguments, args, strict=False)), **kwargs} if args else kwargs
+        in_graph = _is_being_captured()
         if named.get("cache") is not None and "cu_seq_lens_q" in named:
-            return _Inputs(packed=named)
+            return _Inputs(packed=named, in_graph=in_graph)
+        if in_graph:
+            raise UnsupportedModelError(
+                "a forward is being captured in a CUDA graph of your own, whose replays cannot be seen; rows from here "
+                "on are missing. Run the model without that, or by generate_batch, whose graphs publish by themselves."
+            )
         inputs = _Inputs(call=call, token_ids=named.get("input_ids"), mask=named.get("attention_mask"))
         tokens = inputs.token_ids if inputs.token_ids is not None else named["inputs_embeds"]
         inputs.shape = (tokens.shape[0], tokens.shape[1])
@@ -284,9 +288,8 @@ class TransformersTap:
 
     def _publish(self, step: Step, inputs: _Inputs, output: Any) -> None:
         if inputs.packed is not None:
-            rows = self._continuous.rows(self._model, inputs.packed)
-            if rows is not None:
-                self._tap.publish(*self._tap.pack(step, inputs.packed["input_ids"].shape[1]), rows)
+            publish = self._continuous.record if inputs.in_graph else self._continuous.publish
+            publish(self._model, inputs.packed, step)
             return
         batch, width = inputs.shape
         call = inputs.call
@@ -427,6 +430,11 @@ def _attachable(model: Any) -> RoutedModel:
             "layers are all on the CPU, or all on one CUDA device."
         )
     return routed
+
+
+def _is_being_captured() -> bool:
+    """Whether the current stream records a CUDA graph."""
+    return torch.cuda.is_initialized() and bool(torch.cuda.is_current_stream_capturing())  # type: ignore[no-untyped-call]
 
 
 def _returned_cache(output: Any) -> Any:

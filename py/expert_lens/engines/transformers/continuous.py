@@ -1,7 +1,8 @@
 """Following continuous batching (`generate_batch`): whose tokens a packed forward holds, and which requests have ended.
 
-A forward gets one row [1, T] of many requests' tokens, one after another. Which, is read from the engine's own list
-of the batch (`inputs_and_outputs.requests_in_batch`), positions and ids from the tensors that the model gets.
+A forward gets one row [1, T] of many requests' tokens, one after another, and padding behind them. Which, is read from
+the engine's own list of the batch (`inputs_and_outputs.requests_in_batch`), positions from its states. With CUDA graphs
+the engine keeps a graph for each shape of a batch: captured with our publishing in it, and replayed through it.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import numpy as np
 
 from expert_lens.engines.transformers.requests import RequestNames, next_number
 from expert_lens.errors import EngineHookError
-from expert_lens.tap import Rows, Tap
+from expert_lens.tap import Rows, Step, Tap
 
 if TYPE_CHECKING:
+    from expert_lens.graphs import GraphStep
     from expert_lens.types import Phase, Span
 
 __all__ = ["ContinuousBatches"]
@@ -40,7 +42,9 @@ class _Manager:
         self.ref = weakref.ref(manager)
         self.prefix = "" if name is None else f"{name}."
         self.requests: dict[str, _Request] = {}
-        self.patched: set[int] = set()
+        self.followed: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.recorded: GraphStep | None = None
+        """What was recorded in the graph that is just being captured."""
 
 
 class ContinuousBatches:
@@ -69,23 +73,42 @@ class ContinuousBatches:
             known = _Manager(manager, name)
             self._managers.append(known)
             self._follow_results(known, manager)
+            self._follow_processors(known, manager)
         else:
             known.prefix = "" if name is None else f"{name}."
 
-    def rows(self, model: Any, inputs: dict[str, Any]) -> Rows | None:
-        """The rows of a packed forward with these keyword arguments; None if none belong to a request (a warm-up).
+    def publish(self, model: Any, inputs: dict[str, Any], step: Step) -> None:
+        """Publish the rows of a packed forward with these keyword arguments.
 
         Raises EngineHookError if the batch is of no manager known here, or is not laid out as expected.
         """
         known, processor = self._find(model, inputs["cache"])
-        self._follow_scheduler(known, processor.scheduler)
-        io = processor.inputs_and_outputs
-        if hasattr(io, "io_pairs"):  # asynchronous batching: two batches take turns
-            io = io.io_pairs[io.current_pair].host_io
+        tokens = inputs["input_ids"]
+        rows = self._rows(known, processor, tokens)
+        if rows is not None:
+            self._tap.publish(*self._tap.pack(step, tokens.shape[1]), rows)
+
+    def record(self, model: Any, inputs: dict[str, Any], step: Step) -> None:
+        """Record the publishing of a packed forward that is being captured in a CUDA graph.
+
+        Raises EngineHookError as `publish`, and what `graphs.record` raises.
+        """
+        from expert_lens import graphs
+
+        known, _ = self._find(model, inputs["cache"])
+        tokens = inputs["input_ids"]
+        known.recorded = graphs.record(self._tap, step, tokens.shape[1], token_ids=tokens)
+
+    def _rows(self, known: _Manager, processor: Any, tokens: Any) -> Rows | None:
+        """The rows of the coming forward; None if none belong to a request (a warm-up).
+
+        `tokens`: what it runs over, [1, T] with padding; None if that stands elsewhere.
+        """
+        io = _current_inputs(processor)
         active = processor.scheduler.active_requests
-        positions = inputs["position_ids"].numpy().reshape(-1)
         spans: list[Span] = []
-        kept: list[np.ndarray[Any, Any]] = []
+        positions: list[range] = []
+        kept: list[range] = []
         start = first_row = 0
         for future in io.requests_in_batch:
             state, length = future.state, future.query_length
@@ -95,18 +118,23 @@ class ContinuousBatches:
                     request = _Request(self._names.unique(known.prefix + state.request_id))
                     known.requests[state.request_id] = request
                 prompt_tokens = state._true_initial_tokens or len(state.initial_tokens)
-                phase: Phase = "prefill" if positions[start] < prompt_tokens else "decode"
+                end = state.position_offset  # the engine has counted the batch already
+                phase: Phase = "prefill" if end - length < prompt_tokens else "decode"
                 spans.append((request.number, request.id, first_row, length, prompt_tokens, phase))
-                request.next_position = int(positions[start + length - 1]) + 1
-                kept.append(np.arange(start, start + length))
+                request.next_position = end
+                positions.append(range(end - length, end))
+                kept.append(range(start, start + length))
                 first_row += length
             start += length
-        self._check_layout(io.requests_in_batch, inputs, start)
+        if io.total_seqlen_q != start or (tokens is not None and tokens.shape[1] < start):
+            raise EngineHookError(
+                f"a continuous batching forward holds {io.total_seqlen_q} tokens in "
+                f"{'?' if tokens is None else tokens.shape[1]} places, but its list of requests says {start}: this "
+                "release of transformers is not known to expert_lens."
+            )
         if not spans:
             return None
-        index = np.concatenate(kept)
-        whole = len(index) == len(positions)
-        return Rows(spans, positions[index].astype(np.uint32), inputs["input_ids"], None if whole else index)
+        return Rows(spans, _join(positions, np.uint32), tokens, None if first_row == start else _join(kept, np.intp))
 
     def close(self) -> None:
         """State the end of what is still running."""
@@ -128,13 +156,60 @@ class ContinuousBatches:
             "the call of generate_batch or init_continuous_batching."
         )
 
-    def _check_layout(self, batch: list[Any], inputs: dict[str, Any], num_tokens: int) -> None:
-        ends = inputs["cu_seq_lens_q"]
-        if len(ends) <= len(batch) or int(ends[len(batch)]) != num_tokens:
-            raise EngineHookError(
-                f"a continuous batching forward holds {ends.tolist()} (cumulated tokens), but its list of requests "
-                f"says {num_tokens}: this release of transformers is not known to expert_lens."
-            )
+    def _follow_processors(self, known: _Manager, manager: Any) -> None:
+        """The manager makes its batch processor, which owns scheduler and graphs, when it starts."""
+
+        def create(original: Callable[[], Any]) -> Any:
+            processor = original()
+            self._guard(self._follow_processor, known, processor)
+            return processor
+
+        self._patch(manager, "_create_batch_processor", create)
+        if getattr(manager, "batch_processor", None) is not None:
+            self._follow_processor(known, manager.batch_processor)
+
+    def _follow_processor(self, known: _Manager, processor: Any) -> None:
+        if processor in known.followed:
+            return
+        known.followed.add(processor)
+        self._follow_scheduler(known, processor.scheduler)
+        self._follow_graphs(known, processor)
+
+    def _follow_graphs(self, known: _Manager, processor: Any) -> None:
+        """Have graphs captured with our publishing in them, and replayed through it."""
+
+        def get_graph(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            graph = original(*args, **kwargs)
+            if graph is None or not self._tap.active:
+                return graph
+            recorded = getattr(graph, "expert_lens", None)
+            if recorded is None or not recorded.belongs_to(self._tap):
+                return None  # captured before we were attached: its replays could not be seen, so have it captured anew
+            return _Replay(self, known, processor, graph, recorded)
+
+        def set_graph(original: Callable[..., Any], graph: Any, *args: Any, **kwargs: Any) -> Any:
+            graph.expert_lens, known.recorded = known.recorded, None
+            return original(graph, *args, **kwargs)
+
+        io = processor.inputs_and_outputs
+        self._patch(io, "get_graph", get_graph)
+        self._patch(io, "set_graph", set_graph)
+
+    def replay(self, known: _Manager, processor: Any, graph: Any, recorded: GraphStep) -> None:
+        """Launch a replay of one of the engine's graphs, for the batch that it has prepared."""
+        from expert_lens.graphs import ReplayRows
+
+        rows = None
+        try:
+            batch = self._rows(known, processor, None)
+            if batch is not None and batch.kept is None:
+                assert isinstance(batch.positions, np.ndarray)
+                rows = ReplayRows(batch.spans, len(batch.positions), batch.positions)
+            elif batch is not None:  # a graph's rows cannot be picked
+                self._tap.lost_tokens += len(batch.positions)
+        except Exception as error:
+            self._tap.fail(error)
+        recorded.replay(graph.replay, rows)
 
     def _follow_results(self, known: _Manager, manager: Any) -> None:
         def deliver(original: Callable[[Any], Any], output: Any) -> Any:
@@ -150,8 +225,6 @@ class ContinuousBatches:
 
     def _follow_scheduler(self, known: _Manager, scheduler: Any) -> None:
         """A cancelled request gives no result; only the scheduler knows."""
-        if id(scheduler) in known.patched:
-            return
 
         def clear_cancelled_requests(original: Callable[[], Any]) -> Any:
             states = original()
@@ -159,7 +232,6 @@ class ContinuousBatches:
             return states
 
         self._patch(scheduler, "clear_cancelled_requests", clear_cancelled_requests)
-        known.patched.add(id(scheduler))
 
     def _ended(self, known: _Manager, outputs: list[Any]) -> None:
         for output in outputs:
@@ -179,9 +251,36 @@ class ContinuousBatches:
         request = known.requests.pop(request_id)
         self._tap.finish(request.number, request.id, request.next_position, state)
 
-    def _guard(self, function: Callable[[_Manager, list[Any]], None], known: _Manager, values: list[Any]) -> None:
+    def _guard(self, function: Callable[[_Manager, Any], None], known: _Manager, value: Any) -> None:
         """Call ours inside the engine's thread: an error of ours must not become one of the engine's."""
         try:
-            function(known, values)
+            function(known, value)
         except Exception as error:
             self._tap.fail(error)
+
+
+class _Replay:
+    """Given to the engine in place of its graph, for one step."""
+
+    def __init__(
+        self, batches: ContinuousBatches, known: _Manager, processor: Any, graph: Any, recorded: GraphStep
+    ) -> None:
+        self._of = (known, processor, graph, recorded)
+        self._batches = batches
+
+    def replay(self) -> None:
+        """Replay the graph, and publish its rows."""
+        self._batches.replay(*self._of)
+
+
+def _current_inputs(processor: Any) -> Any:
+    """The inputs of the batch that is prepared, as the host has them."""
+    io = processor.inputs_and_outputs
+    return io.io_pairs[io.current_pair].host_io if hasattr(io, "io_pairs") else io  # two batches take turns
+
+
+def _join(ranges: list[range], dtype: Any) -> np.ndarray[Any, Any]:
+    """The numbers of all ranges, one behind the other."""
+    if all(len(one) == 1 for one in ranges):
+        return np.array([one.start for one in ranges], dtype)
+    return np.concatenate([np.arange(one.start, one.stop, dtype=dtype) for one in ranges])
