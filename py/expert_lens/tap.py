@@ -42,12 +42,14 @@ U32 = npt.NDArray[np.uint32]
 class Step:
     """What one forward has handed over: references to its top-k tensors, a slot a routed layer."""
 
-    __slots__ = ("experts", "inputs", "weights")
+    __slots__ = ("begun", "experts", "inputs", "weights")
 
     def __init__(self, num_layers: int) -> None:
         self.experts: list[torch.Tensor | None] = [None] * num_layers
         self.weights: list[torch.Tensor | None] = []
         """As `experts`; empty unless weights are captured."""
+        self.begun: torch.cuda.Event | None = None
+        """Of a forward that is captured in a CUDA graph: recorded where it began, see `graphs.mark_beginning`."""
         self.inputs: Any = None
         """What the engine's side needs to know again at the end of the forward; the tap does not look at it."""
 

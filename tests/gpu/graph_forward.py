@@ -34,11 +34,13 @@ class GraphForward:
         columns: bool = True,
         strided: bool = False,
         warm_up: bool = True,
+        beside: bool = True,
     ) -> None:
         self.tap = tap
         self.dtype = dtype
         self.columns = columns
         self.strided = strided
+        self.beside = beside
         device = torch.device("cuda", torch.cuda.current_device())
         layer, choice = torch.arange(len(tap.layers), device=device), torch.arange(tap.top_k, device=device)
         self.offsets = layer[:, None] * 3 + choice * 5
@@ -63,7 +65,9 @@ class GraphForward:
     def run(self) -> dict[str, torch.Tensor]:
         """The forward: hands each layer's ids to the tap, and gives the columns that go with them."""
         tap, step = self.tap, self.step
-        tap.begin()
+        begun = tap.begin()
+        if self.beside and begun is not None and torch.cuda.is_current_stream_capturing():
+            graphs.mark_beginning(begun)
         first = step * PRIME + self.positions * 11
         if self.strided:
             ids = (first[:, None, None] + self.offsets).remainder(tap.num_experts).to(self.dtype).unbind(1)

@@ -1,8 +1,11 @@
 """CUDA graphs publish: each replay's rows, whole and no other's, whatever happens between them."""
 
+import importlib.util
 import random
+import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -88,7 +91,7 @@ def test_every_row_of_batches_smaller_than_the_graph(
     tap = make_tap("seen", num_experts, layers=layers, top_k=top_k, weights=weights)
     taps.append(tap)
     stream = RowStream("seen")
-    forward = GraphForward(tap, 70, dtype=dtype, columns=columns, strided=strided)
+    forward = GraphForward(tap, 70, dtype=dtype, columns=columns, strided=strided, beside=columns)
     assert tap.writer.steps == 0
     sizes = [1, 2, 3, 70, 8, 69]
     for rows in sizes:
@@ -237,6 +240,18 @@ def test_the_cpu_may_run_ahead_of_the_device(monkeypatch: pytest.MonkeyPatch, ta
     assert tap.error is None
     forward.replay(3)
     check(read(stream, 3), 128)
+
+
+def test_without_triton_the_stream_publishes(monkeypatch: pytest.MonkeyPatch, taps: list[Tap]) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name))
+    tap = make_tap("plain")
+    taps.append(tap)
+    stream = RowStream("plain")
+    forward = GraphForward(tap, 16)
+    forward.replay(9)
+    check(read(stream, 9), 128)
+    assert tap.writer.publisher == "stream"
 
 
 def test_replays_that_pass_by_switch_the_capture_off(monkeypatch: pytest.MonkeyPatch, taps: list[Tap]) -> None:

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from graph_forward import GraphForward, make_tap
 from patterns import OnDevice, expected, make_writer, publish
 
 from children import hear, start
@@ -316,3 +318,85 @@ def test_lengths_that_do_not_agree_publish_nothing() -> None:
         )
     assert writer.steps == 0
     writer.close()
+
+
+CLOSING = {
+    "whose context is gone": """
+        cuda = ctypes.CDLL("libcuda.so.1")
+        assert cuda.cuDevicePrimaryCtxReset_v2(0) == 0
+    """,
+    "whose context is broken": """
+        with contextlib.suppress(torch.AcceleratorError):
+            torch.ones(4, device="cuda")[torch.tensor([9], device="cuda")]
+            torch.cuda.synchronize()
+        try:
+            publish_again()
+        except CudaError as error:
+            assert "CUDA_ERROR" in str(error)
+        else:
+            raise SystemExit("no error")
+    """,
+}
+
+
+PUBLISHED = """
+import contextlib, ctypes, os
+import numpy as np
+import torch
+from graph_forward import GraphForward, make_tap
+from patterns import OnDevice
+from expert_lens.errors import CudaError
+tap = make_tap("closing")
+forward = GraphForward(tap, 64)
+forward.replay(64)
+packed = OnDevice(128, 64).experts(0, 64)
+def publish_again():
+    tap.writer.publish_device(packed.data_ptr(), 64, np.arange(64, dtype=np.uint32), device=0, stream=0)
+publish_again()
+torch.cuda.synchronize()
+"""
+CLOSED = """
+tap.close()
+del forward.recorded
+print("closed", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("what", CLOSING)
+def test_a_writer_can_be_closed_in_a_process(what: str) -> None:
+    path = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})"
+    with start("\n".join([path, PUBLISHED, textwrap.dedent(CLOSING[what]), CLOSED])) as process:
+        assert hear(process) == "closed"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device here; this needs two")
+def test_two_devices_publish_into_one_arena() -> None:
+    tap = make_tap("two", arena_bytes=64 << 20)
+    reader = start_reader("two")
+    forwards, sources = [], []
+    for device in range(2):
+        with torch.cuda.device(device):
+            forwards.append(GraphForward(tap, 64))
+            sources.append(OnDevice(128, 64, f"cuda:{device}"))
+    sent = 0
+    for step in range(2000):
+        rows, device = step % 64 + 1, step // 2 % 2
+        if step % 2:
+            forwards[device].replay(rows)  # whatever device is the current one
+        else:
+            packed, tokens = sources[device].experts(step, rows), sources[device].token_ids(step, rows)
+            tap.writer.set_batch([(1, "a", 0, rows, 0, "decode")])
+            tap.writer.publish_device(
+                packed.data_ptr(),
+                rows,
+                np.arange(rows, dtype=np.uint32),
+                device=device,
+                stream=torch.cuda.current_stream(device).cuda_stream,
+                token_ids=tokens.data_ptr(),
+            )
+            tap._batch = None
+        sent += rows
+    tap.close()
+    found = report(reader)
+    assert found == {"rows": sent, "steps": 2000, "wrong": 0, "wrong_tokens": 0, "corrupt": 0, "dropped": 0}

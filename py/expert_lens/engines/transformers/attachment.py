@@ -229,6 +229,10 @@ class TransformersTap:
                 call = None
             if call is None or not call.decodes(kwargs.get("input_ids")):
                 step.inputs = self._read(call, args, kwargs)
+                if step.inputs.in_graph:
+                    from expert_lens import graphs
+
+                    graphs.mark_beginning(step)
         except Exception as error:
             self._tap.fail(error)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from expert_lens.engines.transformers.requests import RequestNames, next_number
 from expert_lens.errors import EngineHookError
-from expert_lens.tap import Rows, Step, Tap
+from expert_lens.tap import U32, Rows, Step, Tap
 
 if TYPE_CHECKING:
     from expert_lens.graphs import GraphStep
@@ -45,6 +45,41 @@ class _Manager:
         self.followed: weakref.WeakSet[Any] = weakref.WeakSet()
         self.recorded: GraphStep | None = None
         """What was recorded in the graph that is just being captured."""
+        self.decoding: _Decoding | None = None
+        """The batch of the last forward, if each of its requests decoded one token in it."""
+
+    def settle(self) -> None:
+        """Note how far the requests of the last forward have come."""
+        decoding, self.decoding = self.decoding, None
+        if decoding is not None:
+            for request, position in zip(decoding.requests, decoding.positions.tolist(), strict=True):
+                request.next_position = position + 1
+
+
+class _Decoding:
+    """A batch whose requests each decode one token: as long as it stays the same, so do its spans."""
+
+    __slots__ = ("positions", "requests", "spans", "states")
+
+    def __init__(self, states: list[Any], requests: list[_Request], spans: list[Span], positions: U32) -> None:
+        self.states = states
+        self.requests = requests
+        self.spans = spans
+        self.positions = positions
+
+    def advance(self, batch: list[Any]) -> U32 | None:
+        """The positions of the batch that is prepared, if it is the next token of each request, and nothing else."""
+        states = self.states
+        if len(batch) != len(states) or any(
+            future.state is not state or future.query_length != 1 for future, state in zip(batch, states, strict=True)
+        ):
+            return None
+        ends = np.array([state.position_offset for state in states], np.uint32)  # the engine has counted it already
+        positions = self.positions + np.uint32(1)
+        if not np.array_equal(ends, positions + np.uint32(1)):
+            return None
+        self.positions = positions
+        return positions
 
 
 class ContinuousBatches:
@@ -105,12 +140,20 @@ class ContinuousBatches:
         `tokens`: what it runs over, [1, T] with padding; None if that stands elsewhere.
         """
         io = _current_inputs(processor)
+        batch = io.requests_in_batch
+        decoding = known.decoding
+        if decoding is not None and (next_positions := decoding.advance(batch)) is not None:
+            self._check_layout(io, tokens, len(batch))
+            return Rows(decoding.spans, next_positions, tokens)
+        known.settle()
         active = processor.scheduler.active_requests
+        states: list[Any] = []
+        requests: list[_Request] = []
         spans: list[Span] = []
         positions: list[range] = []
         kept: list[range] = []
         start = first_row = 0
-        for future in io.requests_in_batch:
+        for future in batch:
             state, length = future.state, future.query_length
             if active.get(state.request_id) is state:  # a warm-up's requests are not active
                 request = known.requests.get(state.request_id)
@@ -122,23 +165,33 @@ class ContinuousBatches:
                 phase: Phase = "prefill" if end - length < prompt_tokens else "decode"
                 spans.append((request.number, request.id, first_row, length, prompt_tokens, phase))
                 request.next_position = end
+                states.append(state)
+                requests.append(request)
                 positions.append(range(end - length, end))
                 kept.append(range(start, start + length))
                 first_row += length
             start += length
-        if io.total_seqlen_q != start or (tokens is not None and tokens.shape[1] < start):
-            raise EngineHookError(
-                f"a continuous batching forward holds {io.total_seqlen_q} tokens in "
-                f"{'?' if tokens is None else tokens.shape[1]} places, but its list of requests says {start}: this "
-                "release of transformers is not known to expert_lens."
-            )
+        self._check_layout(io, tokens, start)
         if not spans:
             return None
-        return Rows(spans, _join(positions, np.uint32), tokens, None if first_row == start else _join(kept, np.intp))
+        whole = first_row == start
+        columns = _join(positions, np.uint32)
+        if whole and all(span[3] == 1 and span[5] == "decode" for span in spans):
+            known.decoding = _Decoding(states, requests, spans, columns)
+        return Rows(spans, columns, tokens, None if whole else _join(kept, np.intp))
+
+    def _check_layout(self, io: Any, tokens: Any, num_tokens: int) -> None:
+        if io.total_seqlen_q != num_tokens or (tokens is not None and tokens.shape[1] < num_tokens):
+            raise EngineHookError(
+                f"a continuous batching forward holds {io.total_seqlen_q} tokens in "
+                f"{'?' if tokens is None else tokens.shape[1]} places, but its list of requests says {num_tokens}: "
+                "this release of transformers is not known to expert_lens."
+            )
 
     def close(self) -> None:
         """State the end of what is still running."""
         for known in self._managers:
+            known.settle()
             for request_id in list(known.requests):
                 self._finish(known, request_id, "aborted")
 
@@ -237,12 +290,15 @@ class ContinuousBatches:
         for output in outputs:
             if not output.is_finished() or (request := known.requests.get(output.request_id)) is None:
                 continue
-            if output.error is None:
+            if output.error is not None:
+                known.settle()
+            else:
                 # An asynchronous batch may have run one token past the end.
                 request.next_position = len(output.prompt_ids) + len(output.generated_tokens) - 1
             self._finish(known, output.request_id, "finished" if output.error is None else "aborted")
 
     def _cancelled(self, known: _Manager, states: list[Any]) -> None:
+        known.settle()
         for state in states:
             if state.request_id in known.requests:
                 self._finish(known, state.request_id, "aborted")

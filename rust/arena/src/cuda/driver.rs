@@ -41,6 +41,7 @@ driver! {
     device_attribute: b"cuDeviceGetAttribute\0"(*mut c_int, c_int, c_int);
     retain_context: b"cuDevicePrimaryCtxRetain\0"(*mut Handle, c_int);
     release_context: b"cuDevicePrimaryCtxRelease_v2\0"(c_int);
+    context_state: b"cuDevicePrimaryCtxGetState\0"(c_int, *mut c_uint, *mut c_int);
     current_context: b"cuCtxGetCurrent\0"(*mut Handle);
     push_context: b"cuCtxPushCurrent_v2\0"(Handle);
     pop_context: b"cuCtxPopCurrent_v2\0"(*mut Handle);
@@ -50,8 +51,6 @@ driver! {
     copy_to_host: b"cuMemcpyDtoHAsync_v2\0"(*mut c_void, u64, usize, Handle);
     copy_to_device: b"cuMemcpyHtoDAsync_v2\0"(u64, *const c_void, usize, Handle);
     write_value: b"cuStreamWriteValue64_v2\0"(Handle, u64, u64, c_uint);
-    host_alloc: b"cuMemHostAlloc\0"(*mut *mut c_void, usize, c_uint);
-    host_free: b"cuMemFreeHost\0"(*mut c_void);
     device_alloc: b"cuMemAlloc_v2\0"(*mut u64, usize);
     device_free: b"cuMemFree_v2\0"(u64);
     stream_create: b"cuStreamCreate\0"(*mut Handle, c_uint);
@@ -91,6 +90,14 @@ impl Driver {
 
     pub fn check(&self, call: &str, status: Status) -> Result<()> {
         if status == 0 { Ok(()) } else { Err(Error::Cuda { what: format!("{call} failed: {}", self.name_of(status)) }) }
+    }
+
+    /// Whether a device's primary context lives: who resets it takes everything that was made in it.
+    pub fn is_active(&self, device: c_int) -> bool {
+        let (mut flags, mut active) = (0, 0);
+        // SAFETY: places for one value each.
+        let status = unsafe { (self.context_state)(device, &mut flags, &mut active) };
+        status == 0 && active != 0
     }
 
     /// Run `work` with `context` current, and calls that would end another thread's stream capture allowed.

@@ -12,13 +12,19 @@
 //! only when the device's count says that it was taken.
 //!
 //! Mailboxes lie in pinned memory of this process alone, not in the arena: the addresses in them are what kernels
-//! write to, and nobody else may choose those.
+//! write to, and nobody else may choose those. It is our own memory, so that it outlives a context that is reset, and a
+//! shared mapping, so that a fork does not make the device and this process part ways over its pages.
 
+use super::REGISTER_FLAGS;
 use super::driver::{Driver, Handle};
 use crate::error::{Error, Result};
+use crate::memory::{Mapped, Memory};
 use crate::writer::Landing;
-use std::ffi::{c_int, c_uint, c_void};
-use std::sync::atomic::{AtomicU64, Ordering};
+use rustix::fs::{self as sys, MemfdFlags};
+use std::ffi::{c_int, c_uint};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Acquire, Release};
 
 /// Posts that may wait for their replay; the CPU runs no further ahead of the device, and what is replayed beyond it
 /// gives no rows.
@@ -30,8 +36,6 @@ pub const STATE_WORDS: usize = 16;
 /// Where the device tells how many replays it has begun.
 const TAKEN: usize = ENTRIES * ENTRY_WORDS;
 const HOST_WORDS: usize = TAKEN + ENTRY_WORDS;
-/// CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP
-const ALLOC_FLAGS: c_uint = 1 | 2;
 /// CU_STREAM_NON_BLOCKING
 const STREAM_FLAGS: c_uint = 1;
 
@@ -54,13 +58,14 @@ pub struct Mailbox {
     device: c_int,
     context: usize,
     /// `HOST_WORDS` words of pinned memory, and where the device finds them.
-    host: usize,
+    host: Arc<Mapped>,
     host_on_device: u64,
     /// `STATE_WORDS` words of device memory, and behind them the table.
     state: u64,
     replays: u64,
     /// What was posted for the newest replay: the record's index.
     newest: Option<u64>,
+    pid: u32,
 }
 
 impl Mailbox {
@@ -73,26 +78,26 @@ impl Mailbox {
         context: usize,
         table: &[u64],
     ) -> Result<Self> {
+        let host = Arc::new(private_memory()?);
         let mut retained: Handle = std::ptr::null_mut();
         // SAFETY: a place for one handle; given back in `drop`.
         driver.check("cuDevicePrimaryCtxRetain", unsafe { (driver.retain_context)(&mut retained, device) })?;
-        let mut new =
-            Self { driver, ordinal, device, context, host: 0, host_on_device: 0, state: 0, replays: 0, newest: None };
+        let pid = std::process::id();
+        let (host_on_device, state, replays, newest) = (0, 0, 0, None);
+        let mut new = Self { driver, ordinal, device, context, host, host_on_device, state, replays, newest, pid };
         driver.within(context, || new.allocate(table))?;
         Ok(new)
     }
 
     fn allocate(&mut self, table: &[u64]) -> Result<()> {
-        let driver = self.driver;
-        let (mut host, mut stream): (*mut c_void, Handle) = (std::ptr::null_mut(), std::ptr::null_mut());
+        let (driver, address) = (self.driver, self.host.address());
+        let mut stream: Handle = std::ptr::null_mut();
         let first = [vec![0; STATE_WORDS], table.to_vec()].concat();
-        // SAFETY: places for one value each. The host memory is `HOST_WORDS` words, zeroed before the device hears of it;
-        // `first` outlives the copy, which has ended when the stream is synchronised; the stream is ours alone.
+        // SAFETY: places for one value each. The mapping is `HOST_WORDS` words, page-aligned, and stays mapped until `drop`
+        // has unregistered it; `first` outlives the copy, which has ended when the stream, ours alone, is synchronised.
         unsafe {
-            driver.check("cuMemHostAlloc", (driver.host_alloc)(&mut host, HOST_WORDS * 8, ALLOC_FLAGS))?;
-            self.host = host as usize;
-            std::ptr::write_bytes(host.cast::<u64>(), 0, HOST_WORDS);
-            driver.check("cuMemHostGetDevicePointer", (driver.device_pointer)(&mut self.host_on_device, host, 0))?;
+            driver.check("cuMemHostRegister", (driver.register)(address, HOST_WORDS * 8, REGISTER_FLAGS))?;
+            driver.check("cuMemHostGetDevicePointer", (driver.device_pointer)(&mut self.host_on_device, address, 0))?;
             driver.check("cuMemAlloc", (driver.device_alloc)(&mut self.state, first.len() * 8))?;
             driver.check("cuStreamCreate", (driver.stream_create)(&mut stream, STREAM_FLAGS))?;
             let copied = driver
@@ -148,15 +153,14 @@ impl Mailbox {
         self.newest = None;
     }
 
-    fn words(&self) -> &[AtomicU64] {
-        // SAFETY: `HOST_WORDS` words of zeroed, page-aligned memory that is freed in `drop`. This process reaches them
-        // through these atomics alone; the device writes the word at `TAKEN` only.
-        unsafe { std::slice::from_raw_parts(self.host as *const AtomicU64, HOST_WORDS) }
-    }
-
     /// Replays that the device has begun.
     fn taken(&self) -> u64 {
-        self.words()[TAKEN].load(Ordering::Acquire)
+        self.host.load(TAKEN, Acquire)
+    }
+
+    /// First word of the newest replay's entry.
+    fn entry(&self) -> usize {
+        (self.replays % ENTRIES as u64) as usize * ENTRY_WORDS
     }
 
     /// Count the next replay; whether there is an entry free for it.
@@ -181,8 +185,7 @@ impl Mailbox {
     /// Post what the newest replay is to write: a record whose payload the device finds at `payload` and whose sequence
     /// number, `value`, it stores at `sequence`.
     fn post(&mut self, rows: usize, payload: u64, sequence: u64, value: u64) {
-        let first = (self.replays % ENTRIES as u64) as usize * ENTRY_WORDS;
-        let words = self.words();
+        let first = self.entry();
         for (at, value) in [
             (entry::ROWS, rows as u64),
             (entry::PAYLOAD, payload),
@@ -190,7 +193,7 @@ impl Mailbox {
             (entry::VALUE, value),
             (entry::REPLAY, self.replays),
         ] {
-            words[first + at].store(value, Ordering::Release);
+            self.host.store(first + at, value, Release);
         }
         self.newest = Some(value - 1);
     }
@@ -198,8 +201,7 @@ impl Mailbox {
     /// The newest replay has failed, or was never launched: take its post out, if it had one, and give its record. If the
     /// device has taken the post already, it is as well: the replay ran then.
     pub fn cancel(&mut self) -> Option<u64> {
-        let first = (self.replays % ENTRIES as u64) as usize * ENTRY_WORDS;
-        self.words()[first + entry::REPLAY].store(0, Ordering::Release);
+        self.host.store(self.entry() + entry::REPLAY, 0, Release);
         self.newest.take()
     }
 
@@ -226,21 +228,34 @@ impl Drop for Mailbox {
     /// Free the memory, unless a replay may still be on its way: then it is left.
     fn drop(&mut self) {
         let driver = self.driver;
-        let idle = self.host == 0 || self.taken() >= self.replays;
-        if idle {
-            // If the context is gone before us, so is the memory: nothing is left to undo.
-            let _ = driver.within(self.context, || {
-                // SAFETY: allocated in `allocate`; 0 frees nothing. The graph is gone, and its replays are done.
-                unsafe {
-                    (driver.device_free)(self.state);
-                    (driver.host_free)(self.host as *mut c_void);
-                }
-                Ok(())
-            });
+        if std::process::id() != self.pid || !driver.is_active(self.device) {
+            return; // a fork's copy; or with the context went what was made in it
         }
+        if self.taken() < self.replays {
+            std::mem::forget(Arc::clone(&self.host));
+            return;
+        }
+        let _ = driver.within(self.context, || {
+            // SAFETY: made in `allocate`, or never made, which the driver says. The graph is gone, its replays are done.
+            unsafe {
+                (driver.device_free)(self.state);
+                (driver.unregister)(self.host.address());
+            }
+            Ok(())
+        });
         // SAFETY: retained in `new`.
         unsafe { (driver.release_context)(self.device) };
     }
+}
+
+/// Memory for a mailbox, all zeros, which no other process can open by a name.
+fn private_memory() -> Result<Mapped> {
+    let what = Path::new("a mailbox");
+    let file = sys::memfd_create("expert-lens-mailbox", MemfdFlags::CLOEXEC)
+        .map_err(|e| Error::io("reserve memory for", what, e))?;
+    sys::ftruncate(&file, HOST_WORDS as u64 * 8).map_err(|e| Error::io("reserve memory for", what, e))?;
+    let map = memmap2::MmapOptions::new().populate().map_raw(&file).map_err(|e| Error::io("map", what, e))?;
+    Ok(Mapped::new(map))
 }
 
 /// Publishes by a post: the sections of the device and the sequence number are the graph's to write.

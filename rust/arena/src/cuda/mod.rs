@@ -211,8 +211,9 @@ impl Drop for Pinned {
     fn drop(&mut self) {
         self.watcher = None;
         let (driver, address) = (self.driver, self.memory.address());
+        // If a context is gone before us, so is what was made in it, and our hold on it: nothing is left to undo.
+        self.devices.retain(|device| driver.is_active(device.device));
         if let Some(first) = self.devices.first() {
-            // If the driver or the context is gone before us, so is the registration: nothing is left to undo.
             // SAFETY: registered in `add`; `settle` has seen every copy land, so no device writes there any more.
             let _ = driver
                 .within(first.context, || driver.check("cuMemHostUnregister", unsafe { (driver.unregister)(address) }));
