@@ -1,0 +1,212 @@
+"""transformers on a GPU at the shape of Qwen3-30B-A3B, cut to 12 layers: `python benchmarks/gpu_batching.py`.
+
+`generate_batch` with CUDA graphs and two batches in turn (its overlapped scheduler), 64 requests of 64 + 128 tokens,
+dummy weights: tokens a second relative to the same without anything in the same round. `deferred copy by torch`: ids
+kept in a static buffer by the graph, then clone, copy to the host without blocking, an event, and one step later a
+scatter into a host buffer. Hooks with `.cpu()` cannot be captured in a graph: they run in the eager engine, beside the
+eager engine without anything, for 24 tokens.
+
+Prefill: one forward of 8192 tokens, with and without the lens, from events, in turn.
+"""
+
+import json
+import logging
+import random
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from transformers.generation.continuous_batching.model_runner import ModelRunner
+
+from expert_lens._core import Collector
+from expert_lens.engines import transformers as engine
+
+LAYERS, TOP_K = 12, 8
+REQUESTS, PROMPT = 64, 64
+PREFILL, PREFILL_ROUNDS = 8192, 20
+GRAPHS = {"use_cuda_graph": True, "use_async_batching": True}
+EAGER = {"use_cuda_graph": False, "use_async_batching": False}
+
+
+def make_model() -> Any:
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=32768,
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=TOP_K,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = transformers.Qwen3MoeForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    model.generation_config.eos_token_id = -1
+    return model
+
+
+@contextmanager
+def nothing(_: Any) -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def lens(model: Any) -> Iterator[None]:
+    """Every row published by the GPU, collected, counted and kept by request."""
+    tap = engine.attach(model, "bench")
+    collector = Collector("bench")
+    try:
+        yield
+    finally:
+        assert tap.error is None, tap.error
+        assert collector.sync(10.0)
+        assert collector.stats()["dropped_tokens"] == 0
+        tap.close()
+        collector.close()
+
+
+@contextmanager
+def deferred_copy(model: Any) -> Iterator[None]:
+    """What SGLang's deferred copy does, by hand."""
+    experts = [layer.mlp.experts for layer in model.model.layers]
+    slots = {id(module): slot for slot, module in enumerate(experts)}
+    static = torch.zeros((8192, LAYERS, TOP_K), dtype=torch.int32, device="cuda")
+    locations = torch.randperm(100_000, device="cuda")[:8192]
+    buffer = torch.zeros((100_000, LAYERS, TOP_K), dtype=torch.int32)
+    waiting: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]] = deque()
+    forward, compute = type(experts[0]).forward, ModelRunner.compute_batch
+
+    def kept(module: Any, hidden_states: Any, ids: Any, weights: Any) -> Any:
+        static[: len(ids), slots[id(module)]].copy_(ids)
+        return forward(module, hidden_states, ids, weights)
+
+    def computed(runner: Any, model: Any, batch_data: Any) -> None:
+        compute(runner, model, batch_data)
+        tokens = batch_data["input_ids"].shape[1]
+        with torch.cuda.stream(runner.inputs_and_outputs.compute_stream):
+            rows = static[:tokens].clone().to("cpu", non_blocking=True)
+            where = locations[:tokens].clone().to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        waiting.append((rows, where, event))
+        if len(waiting) > 1:
+            done_rows, done_where, done = waiting.popleft()
+            done.synchronize()
+            buffer[done_where] = done_rows
+
+    type(experts[0]).forward, ModelRunner.compute_batch = kept, computed
+    try:
+        yield
+    finally:
+        type(experts[0]).forward, ModelRunner.compute_batch = forward, compute
+
+
+@contextmanager
+def hooks_with_cpu(model: Any) -> Iterator[None]:
+    """A hook on each experts module that copies the ids it is called with."""
+    held: list[torch.Tensor] = []
+    handles = [
+        layer.mlp.experts.register_forward_pre_hook(lambda _, args: held.append(args[1].cpu()))
+        for layer in model.model.layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def batch_seconds(model: Any, way: Callable[[Any], Any], mode: dict[str, Any], tokens: int) -> float:
+    """Time of one `generate_batch`; an earlier one has captured the graphs."""
+    prompts = [[1 + (i * 37 + j * 11) % 32_000 for j in range(PROMPT)] for i in range(REQUESTS)]
+    config = transformers.ContinuousBatchingConfig(num_blocks=128, max_batch_tokens=1024, **mode)
+    options = {"continuous_batching_config": config, "persistent_manager": True, "progress_bar": False}
+    with way(model):
+        for _ in range(2):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            model.generate_batch(prompts, max_new_tokens=tokens, **options)
+            torch.cuda.synchronize()
+            took = time.perf_counter() - began
+        model.destroy_cached_continuous_batching_manager()
+    return took
+
+
+def measure_batches(model: Any) -> None:
+    for name, mode, rounds, tokens, ways in [
+        ("graphs, asynchronous", GRAPHS, 5, 128, {"lens": lens, "deferred copy by torch": deferred_copy}),
+        ("eager", EAGER, 3, 24, {"lens": lens, "hooks with .cpu()": hooks_with_cpu}),
+    ]:
+        speeds: list[float] = []
+        ratios: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(rounds):
+            order: list[tuple[str, Callable[[Any], Any]]] = [*ways.items(), ("", nothing), ("", nothing)]
+            took: dict[str, list[float]] = {}
+            for way, context in random.sample(order, len(order)):
+                took.setdefault(way, []).append(batch_seconds(model, context, mode, tokens))
+            without = statistics.mean(took[""])
+            speeds.append(REQUESTS * tokens / without)
+            for way in ways:
+                ratios[way].append(without / took[way][0])
+        show(f"generate_batch, {name}: nothing", "tokens/s", speeds)
+        for way, values in ratios.items():
+            bar = {"bar": ">= 0.99"} if way == "lens" else {}
+            show(f"generate_batch, {name}: {way} : nothing", "throughput ratio", values, **bar)
+
+
+def measure_prefill(model: Any) -> None:
+    ids = torch.randint(1, 32_000, (1, PREFILL), device="cuda")
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def milliseconds() -> float:
+        torch.cuda.synchronize()
+        begin.record()
+        with torch.no_grad():
+            model.model(ids, use_cache=False)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    base, added = [], []
+    for round_ in range(PREFILL_ROUNDS + 2):
+        before = milliseconds()
+        with lens(model):
+            milliseconds()
+            attached = milliseconds()
+        after = milliseconds()
+        if round_ >= 2:
+            base.append((before + after) / 2)
+            added.append((attached / base[-1] - 1) * 100)
+    show(f"prefill of {PREFILL} tokens: nothing", "ms", base)
+    show(f"prefill of {PREFILL} tokens: lens added", "%", added, bar="<= 0.5")
+
+
+def show(name: str, unit: str, values: list[float], **more: Any) -> None:
+    low, median, high = statistics.quantiles(values, n=4)
+    line = {"name": name, "unit": unit, "median": round(median, 4), "spread": [round(low, 4), round(high, 4)], **more}
+    print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def main() -> None:
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
+    print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}")
+    model = make_model()
+    model.set_attn_implementation("sdpa")
+    measure_prefill(model)
+    measure_batches(model)
+
+
+if __name__ == "__main__":
+    main()

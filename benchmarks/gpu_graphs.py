@@ -1,0 +1,277 @@
+"""What publishing adds to a decode step that is a CUDA graph: `python benchmarks/gpu_graphs.py`.
+
+The step: 8 matrix products, and 48 layers' top-k ids [n, 8], computed anew in each replay. Ways, each a graph of its
+own: nothing; `lens`: kernels in the graph publish rows, token ids, positions and KV slots; `lens, stream`: the graph
+packs, and the stream copies and publishes behind each replay; `deferred copy by torch`: as SGLang's #22911 does (a
+static buffer in the graph, then clone, copy to the host without blocking, an event, and one step later a scatter into a
+host buffer).
+
+Stream: the time a step takes, from events around blocks of 100 steps, less that of the same block without anything.
+CPU: what it takes on the engine's thread beside the launch; `the writer's post alone`: without the tap. Ways take turns
+in a new order each round. Counted: how long after this process knows that a replay is over a reader process without
+CUDA has counted its rows.
+"""
+
+import itertools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from expert_lens import graphs
+from expert_lens._core import Writer
+from expert_lens.tap import Tap
+
+LAYERS, EXPERTS, TOP_K = 48, 128, 8
+STEPS, ROUNDS, CPU_ROUNDS, MATMULS = 100, 40, 12, 8
+FACTS: dict[str, Any] = {"layers": list(range(LAYERS)), "num_experts": EXPERTS, "top_k": TOP_K}
+
+NUMBERS = itertools.count()
+POLL_SECONDS = 20e-6
+
+READER = """
+import sys, time
+from expert_lens._core import Collector
+collector = Collector("gpu-latency")
+print("ready", flush=True)
+for line in sys.stdin:
+    target = int(line)
+    while collector.tokens < target:
+        pass
+    print(time.monotonic_ns(), flush=True)
+"""
+
+
+class Step:
+    """A decode step of n rows in a graph, with a tap, or with `collect` called at its end, inside the capture."""
+
+    def __init__(
+        self, rows: int, tap: Tap | None = None, collect: Callable[[list[torch.Tensor]], None] | None = None
+    ) -> None:
+        self.x = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
+        self.y = torch.empty_like(self.x)
+        self.step = torch.zeros((), dtype=torch.int64, device="cuda")
+        row, choice = torch.arange(rows, device="cuda"), torch.arange(TOP_K, device="cuda")
+        self.offsets = torch.arange(LAYERS, device="cuda")[:, None, None] + row[:, None] + choice * 5
+        self.columns = {
+            "token_ids": torch.zeros(rows, dtype=torch.int64, device="cuda"),
+            "positions": torch.arange(rows, device="cuda"),
+            "kv_slots": torch.arange(rows, device="cuda"),
+        }
+        self.graph = torch.cuda.CUDAGraph()
+        self.run()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self.graph):
+            begun = tap.begin() if tap else None
+            if begun is not None:
+                graphs.mark_beginning(begun)
+            ids = self.run()
+            if collect:
+                collect(ids)
+            if tap is not None:
+                for slot, layer in enumerate(ids):
+                    tap.layer(slot, layer)
+                held = tap.end()
+                assert held is not None
+                self.recorded = graphs.record(tap, held, rows, **self.columns)
+
+    def run(self) -> list[torch.Tensor]:
+        """The forward."""
+        self.step.add_(1)
+        for _ in range(MATMULS):
+            torch.mm(self.x, self.x, out=self.y)
+        return list((self.offsets + self.step).remainder(EXPERTS).to(torch.int32).unbind(0))
+
+
+def make_tap(rows: int, way: str, capture: str) -> Tap:
+    os.environ["EXPERT_LENS_PUBLISHER"] = way
+    room = (1 << 24) + 2 * STEPS * rows * LAYERS * TOP_K  # a block of steps that the CPU launches ahead
+    return Tap(Writer(capture, **FACTS, arena_bytes=room), **FACTS)
+
+
+def lens(rows: int, way: str) -> tuple[Callable[[], None], Tap]:
+    """The step with a lens: what runs it, and its tap."""
+    tap = make_tap(rows, way, f"gpu-graphs-{way}-{next(NUMBERS)}")
+    step = Step(rows, tap)
+    spans: Any = [(row + 1, f"r{row}", row, 1, 1, "decode") for row in range(rows)]
+    replayed = graphs.ReplayRows(spans, rows)
+    return lambda: step.recorded.replay(step.graph.replay, replayed), tap
+
+
+def deferred_copy(rows: int) -> Callable[[], None]:
+    """The step with the deferred copy that SGLang has."""
+    static = torch.zeros((rows, LAYERS, TOP_K), dtype=torch.int32, device="cuda")
+    locations = torch.randperm(100_000, device="cuda")[:rows]
+    buffer = torch.zeros((100_000, LAYERS, TOP_K), dtype=torch.int32)
+    waiting: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]] = deque()
+
+    def collect(ids: list[torch.Tensor]) -> None:
+        for slot, layer in enumerate(ids):
+            static[:, slot].copy_(layer)
+
+    step = Step(rows, collect=collect)
+
+    def run() -> None:
+        step.graph.replay()
+        rows_copy = static.clone().to("cpu", non_blocking=True)
+        where = locations.clone().to("cpu", non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        waiting.append((rows_copy, where, event))
+        if len(waiting) > 1:
+            done_rows, done_where, done = waiting.popleft()
+            done.synchronize()
+            buffer[done_where] = done_rows
+
+    return run
+
+
+def measure_stream(rows: int) -> None:
+    """GPU time that each way adds to a step."""
+    ways: dict[str, Callable[[], None]] = {"nothing": Step(rows).graph.replay}
+    ways["lens"], tap = lens(rows, "graph")
+    ways["lens, stream"], other_tap = lens(rows, "stream")
+    ways["deferred copy by torch"] = deferred_copy(rows)
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for round_ in range(ROUNDS + 3):
+        for name in random.sample(list(ways), len(ways)):
+            torch.cuda.synchronize()
+            torch.cuda._sleep(2_000_000)  # the launches run ahead, so that only the device's time is measured
+            begin.record()
+            for _ in range(STEPS):
+                ways[name]()
+            end.record()
+            end.synchronize()
+            if round_ >= 3:
+                took[name].append(begin.elapsed_time(end) * 1e3 / STEPS)
+    assert tap.writer.dropped_tokens == other_tap.writer.dropped_tokens == 0
+    nothing = took.pop("nothing")
+    show(f"decode graph, n = {rows}: nothing", "µs a step", nothing)
+    for name, values in took.items():
+        added = [value - base for value, base in zip(values, nothing, strict=True)]
+        bar = {"bar": "<= 6"} if name == "lens" and rows <= 256 else {}
+        show(f"decode graph, n = {rows}: {name}, stream time added", "µs a step", added, **bar)
+
+
+def measure_cpu(rows: int) -> None:
+    """Time of ours on the engine's thread."""
+    nothing = Step(rows).graph.replay
+    ways: dict[str, Callable[[], None]] = {}
+    ways["lens"], tap = lens(rows, "graph")
+    ways["lens, stream"], _ = lens(rows, "stream")
+    ways["deferred copy by torch"] = deferred_copy(rows)
+    ours: dict[str, list[float]] = {name: [] for name in (*ways, "lens, the writer's post alone")}
+    writer = tap.writer
+    post = writer.publish_graph
+    posts: list[float] = []
+
+    class Timed:
+        """The writer, with a clock around its post."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(writer, name)
+
+        def publish_graph(self, *args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter_ns()
+            result = post(*args, **kwargs)
+            posts.append((time.perf_counter_ns() - began) / 1e3)
+            return result
+
+    def block(run: Callable[[], None]) -> float:
+        took = []
+        for _ in range(STEPS):
+            began = time.perf_counter_ns()
+            run()
+            took.append((time.perf_counter_ns() - began) / 1e3)
+        torch.cuda.synchronize()
+        return statistics.median(took)
+
+    for round_ in range(CPU_ROUNDS + 3):
+        launch = block(nothing)
+        for name in random.sample(list(ways), len(ways)):
+            took = block(ways[name]) - launch
+            if round_ >= 3:
+                ours[name].append(took)
+        tap.writer = Timed()  # type: ignore[assignment]
+        posts.clear()
+        block(ways["lens"])
+        tap.writer = writer
+        if round_ >= 3:
+            ours["lens, the writer's post alone"].append(statistics.median(posts))
+    bars = {"lens": "<= 5", "lens, the writer's post alone": "<= 2"}
+    assert writer.dropped_tokens == 0
+    for name, values in ours.items():
+        bar = {"bar": bars[name]} if name in bars else {}
+        show(f"decode graph, n = {rows}: {name}, CPU added", "µs a step", values, **bar)
+
+
+def measure_latency() -> None:
+    """From the end of a replay, as this process hears of it, to the rows' being noticed in another process."""
+    tap = make_tap(64, "graph", "gpu-latency")
+    step = Step(64, tap)
+    spans: Any = [(1, "a", 0, 64, 1, "decode")]
+    replayed = graphs.ReplayRows(spans, 64)
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    took, sleeps = [], []
+    with subprocess.Popen([sys.executable, "-c", READER], env=env, **pipes) as reader:
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+        reader.stdout.readline()
+        event = torch.cuda.Event()
+        for count in range(1, 3001):
+            began = time.perf_counter_ns()
+            time.sleep(POLL_SECONDS)
+            sleeps.append((time.perf_counter_ns() - began) / 1e3)
+            reader.stdin.write(f"{64 * count}\n")
+            reader.stdin.flush()
+            time.sleep(0.001)
+            step.recorded.replay(step.graph.replay, replayed)
+            event.record()
+            while not event.query():
+                pass
+            done = time.monotonic_ns()
+            seen = int(reader.stdout.readline())
+            if count > 200:
+                took.append((seen - done) / 1e3)
+        reader.stdin.close()
+    show("what a sleep of 20 µs takes, by which the reader looks again", "µs", sleeps)
+    ordered = sorted(took)
+    more = {"p99": round(ordered[len(ordered) * 99 // 100], 2), "max": round(ordered[-1], 2), "n": len(ordered)}
+    show(
+        "n = 64: counted in another process, after the replay's end is known here",
+        "µs",
+        took,
+        **more,
+        bar="median <= 50, p99 <= 1000",
+    )
+    tap.close()
+
+
+def show(name: str, unit: str, values: list[float], **more: Any) -> None:
+    low, median, high = statistics.quantiles(values, n=4)
+    line = {"name": name, "unit": unit, "median": round(median, 2), "spread": [round(low, 2), round(high, 2)], **more}
+    print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def main() -> None:
+    print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, numpy {np.__version__}", flush=True)
+    for rows in (1, 64, 256):
+        measure_stream(rows)
+        measure_cpu(rows)
+    measure_stream(8192)
+    measure_latency()
+
+
+if __name__ == "__main__":
+    main()
