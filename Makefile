@@ -1,7 +1,7 @@
 # Everything a person does here. `make demo` and `make test` need Python >= 3.11, Rust, and for the tests in a real
 # JupyterLab a Chromium (Debian: apt-get install chromium).
 .DEFAULT_GOAL := help
-.PHONY: help build demo lab test test-rust test-python test-gpu wheel lint format bench clean
+.PHONY: help build demo lab test test-rust test-python test-gpu wheel lint format bench bench-gpu clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -68,6 +68,9 @@ format: build ## Lay out the code as lint wants it
 
 bench: build ## Measure what docs/performance.md claims, and write it there
 	python benchmarks/run.py
+
+bench-gpu: ## The same for what needs a GPU, with what test-gpu has installed
+	PYTHONPATH=build/gpu $(PYTHON) benchmarks/run.py gpu_graphs gpu_batching gpu_publish gpu_generate
 
 clean: ## Remove what was built
 	rm -rf $(VENV) target build dist py/expert_lens/_core.abi3.so

@@ -2,7 +2,7 @@
 
 A benchmark prints one JSON object a figure: name, unit, median, spread (quartiles), and, where the project promises
 one, a bar; what else is in it is shown as it is. Names choose single benchmarks; their part of the page alone is made
-anew.
+anew. Those named gpu_... need a CUDA device, and are run only when named.
 """
 
 import datetime
@@ -23,6 +23,10 @@ BENCHMARKS: dict[str, tuple[str, list[str]]] = {
     "generate": ("transformers `generate`", [sys.executable, "benchmarks/generate.py"]),
     "parquet": ("Parquet", [sys.executable, "benchmarks/parquet.py"]),
     "heatmap": ("The heatmap in JupyterLab", [sys.executable, "benchmarks/heatmap.py"]),
+    "gpu_graphs": ("On a GPU: decode steps in CUDA graphs", [sys.executable, "benchmarks/gpu_graphs.py"]),
+    "gpu_batching": ("On a GPU: `generate_batch` and prefill", [sys.executable, "benchmarks/gpu_batching.py"]),
+    "gpu_publish": ("On a GPU: what an eager publish costs", [sys.executable, "benchmarks/gpu_publish.py"]),
+    "gpu_generate": ("On a GPU: `generate`", [sys.executable, "benchmarks/gpu_generate.py"]),
 }
 SHOWN = ("name", "unit", "median", "spread", "bar")
 
@@ -52,22 +56,24 @@ def measure(name: str) -> str:
     """The part of the page that one benchmark makes."""
     title, command = BENCHMARKS[name]
     print(f"== {name}", flush=True)
-    figures = []
+    figures, device = [], ""
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)
             if line.startswith("{"):
                 figures.append(json.loads(line))
+            elif line.startswith("# "):
+                device = f"{line[2:].strip()}; "
     if process.returncode:
         sys.exit(f"{' '.join(command)} failed with status {process.returncode}")
     run = " ".join("python" if part == sys.executable else part for part in command)
     when = f"{datetime.date.today():%Y-%m-%d}"
-    return f"## {title}\n\n{machine()}; {when}; `{run}`\n\n{table(figures)}\n"
+    return f"## {title}\n\n{device}{machine()}; {when}; `{run}`\n\n{table(figures)}\n"
 
 
 def main() -> None:
-    names = sys.argv[1:] or list(BENCHMARKS)
+    names = sys.argv[1:] or [name for name in BENCHMARKS if not name.startswith("gpu_")]
     if unknown := [name for name in names if name not in BENCHMARKS]:
         sys.exit(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
     page = PAGE.read_text(encoding="utf-8")
