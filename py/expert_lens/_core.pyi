@@ -173,7 +173,7 @@ class Writer:
         positions: npt.NDArray[np.uint32] | None,
         kv_slots: bool,
     ) -> bool:
-        """Publish the rows that the next replay of the mailbox's graph writes, and launch that replay next.
+        """Publish the rows that the next replay of the mailbox's graph writes; that replay must be launched next.
 
         token_ids, kv_slots: whether the graph writes them; positions: u32 [n], or None if the graph writes them. Its
         kernels must write these sections, as `expert_lens.kernels` does, for num_rows rows. No call of the driver.
@@ -182,10 +182,10 @@ class Writer:
         CudaError when replays passed by the mailbox: its replays then write nothing.
         """
 
-    def retract(self, mailbox: Mailbox, record: int | None, stream: int) -> None:
-        """Take back what was published for a replay whose launch has failed, and match the mailbox's replays again.
+    def void(self, record: int, device: int, stream: int) -> None:
+        """Make a record of nothing of one whose replay has failed: what `Mailbox.retract` gave.
 
-        record: what `Mailbox.cancel` gave; its rows count as dropped. stream: the raw stream that the replay was for.
+        Its rows count as dropped. stream: the raw stream of that device that the replay was for.
 
         Raises CudaError when the driver refuses; nothing more is published then.
         """
@@ -226,8 +226,20 @@ class Mailbox:
     def pass_over(self) -> None:
         """The next replay has no rows to publish; it is counted, and writes nothing."""
 
-    def cancel(self) -> int | None:
-        """The newest replay has failed: take its post out, if it had one and it is still there, and give its record."""
+    def retract(self, stream: int) -> int | None:
+        """The newest replay has failed, or was never launched: take its post out, and match the replays after it again.
+
+        Gives the record that was posted for it, if one was; `Writer.void` is next. stream: the raw stream of the
+        replays. Raises CudaError when the driver refuses.
+        """
+
+    @property
+    def device(self) -> int:
+        """Ordinal of its device."""
+
+    @property
+    def stream(self) -> int:
+        """A raw stream of its own, on which nothing else runs."""
 
     @property
     def entries(self) -> int:

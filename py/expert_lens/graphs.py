@@ -11,22 +11,24 @@ each replay is followed by copies on its stream.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from expert_lens._core import MAILBOX_ENTRIES, exchange_capture_mode
+from expert_lens.errors import UnsupportedModelError
 from expert_lens.tap import U32, Rows, Step, Tap
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from expert_lens._core import Mailbox
     from expert_lens.types import Span
 
@@ -48,15 +50,22 @@ class ReplayRows:
     positions: U32 | None = None
 
 
-class GraphStep(ABC):
-    """The publishing part of one captured graph, of at most `max_rows` rows a replay.
+_unclaimed: set[GraphStep] = set()
+"""What was recorded and is on no graph yet: a graph whose kernels lose their memory breaks the device's context."""
 
-    It must live for as long as the graph, whether the capture goes on or not: the graph's kernels use its memory.
-    """
+
+class GraphStep(ABC):
+    """The publishing part of one captured graph, of at most `max_rows` rows a replay."""
 
     def __init__(self, tap: Tap, max_rows: int) -> None:
         self.max_rows = max_rows
         self._tap = weakref.ref(tap)
+        _unclaimed.add(self)
+
+    def attach_to(self, graph: Any) -> None:
+        """Live as long as this graph, which was captured: its kernels use what this holds, be the capture on or off."""
+        graph.expert_lens = self
+        _unclaimed.discard(self)
 
     def belongs_to(self, tap: Tap) -> bool:
         """Whether the graph was captured for this tap."""
@@ -66,13 +75,15 @@ class GraphStep(ABC):
     def replay(self, launch: Callable[[], Any], rows: ReplayRows | None) -> None:
         """Launch one replay, by `launch()` on the current stream, and publish its rows; None: it has none.
 
-        Every replay must come by here. What `launch` raises is passed on, and nothing is published then.
+        Every replay must come by here while the capture is on, in the order of the launches: one that does not may be
+        taken for another, until the capture notices, one step later, and switches itself off. What `launch` raises is
+        passed on; if the replay ran all the same its rows may be there, whole, or not, and count as dropped.
         """
 
     def _active_tap(self, rows: ReplayRows | None) -> Tap | None:
         """The tap, if this replay has rows to publish."""
         tap = self._tap()
-        if rows is None or tap is None or not tap.active:
+        if rows is None or rows.num_rows == 0 or tap is None or not tap.active:
             return None
         if rows.num_rows > self.max_rows:
             tap.fail(ValueError(f"a replay of {rows.num_rows} rows, of a graph captured with {self.max_rows}"))
@@ -109,19 +120,54 @@ def record(
     if not torch.cuda.is_current_stream_capturing():
         raise RuntimeError("no CUDA graph is being captured on the current stream; use Tap.publish")
     tap.check_shape(step, num_rows)
-    columns = _Columns(*(None if one is None else one.reshape(-1) for one in (token_ids, positions, kv_slots)))
+    columns = _Columns(
+        *(_column(name, one, num_rows) for name, one in [
+            ("token ids", token_ids), ("positions", positions), ("KV slots", kv_slots)
+        ])
+    )  # fmt: skip
     device = tap.device(step)
     with torch.cuda.device(device):
-        kernels = _kernels()
-        if kernels is not None:
-            ids = _alike(step.experts, num_rows, tap.top_k)
-            weights = _alike(tap.chosen_weights(step), num_rows, tap.top_k)
-            table = [one.data_ptr() for one in (*ids, *weights)]
-            with _relaxed_capture():
-                mailbox = tap.writer.mailbox(device.index, table)
-            if mailbox is not None:
-                return _ByKernels(tap, num_rows, mailbox, kernels, ids, weights, columns, step.begun)
-        return _OnStream(tap, num_rows, step, columns)
+        by_kernels = _prepare_kernels(tap, step, num_rows, columns, device)
+        if by_kernels is None:
+            return _OnStream(tap, num_rows, step, columns)
+        by_kernels.record(step.begun)
+        return by_kernels
+
+
+def _column(name: str, column: torch.Tensor | None, num_rows: int) -> torch.Tensor | None:
+    """The column as [num_rows], contiguous."""
+    if column is None:
+        return None
+    if column.numel() != num_rows or column.dtype not in (torch.int32, torch.int64):
+        raise UnsupportedModelError(
+            f"{name} of shape {tuple(column.shape)} and type {column.dtype} in a forward of {num_rows} tokens; one "
+            "int32 or int64 a token is needed."
+        )
+    return column.reshape(-1).contiguous()
+
+
+def _prepare_kernels(tap: Tap, step: Step, num_rows: int, columns: _Columns, device: torch.device) -> _ByKernels | None:
+    """The kernels, ready to be recorded; None where Triton is missing or fails, or another way was asked for."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    ids = _alike(step.experts, num_rows, tap.top_k)
+    weights = _alike(tap.chosen_weights(step), num_rows, tap.top_k)
+    table = [one.data_ptr() for one in (*ids, *weights)]
+    with _relaxed_capture():
+        mailbox = tap.writer.mailbox(device.index, table)
+    if mailbox is None:
+        return None
+    try:
+        return _ByKernels(tap, num_rows, mailbox, ids, weights, columns)
+    except Exception as error:
+        with contextlib.suppress(Warning):
+            warnings.warn(
+                f"expert_lens cannot use Triton in CUDA graphs ({type(error).__name__}: {error}); their streams "
+                "publish instead, which costs more.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,67 +180,68 @@ class _Columns:
 
 
 class _ByKernels(GraphStep):
-    """Kernels in the graph publish."""
+    """Kernels in the graph publish.
+
+    Made ready by running once for nobody, on a stream of its own: a kernel is compiled and loaded when it is first
+    launched, which is nothing to do inside a capture. Raises what Triton raises then.
+    """
 
     def __init__(
         self,
         tap: Tap,
         num_rows: int,
         mailbox: Mailbox,
-        kernels: ModuleType,
         ids: list[torch.Tensor],
         weights: list[torch.Tensor],
         columns: _Columns,
-        begun: torch.cuda.Event | None,
     ) -> None:
-        super().__init__(tap, num_rows)
+        from expert_lens import kernels
+
         self._mailbox = mailbox
         self._columns = columns
-        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-
-        def take() -> None:
-            kernels.take_post[(1,)](mailbox.entries, mailbox.state, MAILBOX_ENTRIES, num_warps=1)
-
-        def publish() -> None:
-            _launch(tap, num_rows, mailbox, kernels, ids, weights, columns)
-
-        # Once for nobody, on another stream: a kernel is compiled and loaded when it is first launched, which is
-        # nothing to do inside a capture.
-        with _relaxed_capture(), torch.cuda.stream(beside):
-            take()
-            publish()
-            beside.synchronize()
+        self._beside = torch.cuda.ExternalStream(mailbox.stream)  # type: ignore[no-untyped-call]
+        self._take = partial(kernels.take_post[(1,)], mailbox.entries, mailbox.state, MAILBOX_ENTRIES, num_warps=1)
+        self._publish: Callable[[], Any] | None = partial(_publish, tap, num_rows, mailbox, ids, weights, columns)
+        with _relaxed_capture(), torch.cuda.stream(self._beside):
+            self._take()
+            self._publish()
+            self._beside.synchronize()
         mailbox.pass_over()
+        super().__init__(tap, num_rows)
+
+    def record(self, begun: torch.cuda.Event | None) -> None:
+        """Record the kernels on the current stream, behind a forward that began at this event."""
+        assert self._publish is not None
         if begun is None:
-            take()
+            self._take()
         else:
-            beside.wait_event(begun)
-            with torch.cuda.stream(beside):
-                take()
-            torch.cuda.current_stream().wait_stream(beside)
-        publish()
+            self._beside.wait_event(begun)
+            with torch.cuda.stream(self._beside):
+                self._take()
+            torch.cuda.current_stream().wait_stream(self._beside)
+        self._publish()
+        self._publish = None  # with it go the layers' ids, which the graph alone needs from now on
 
     def replay(self, launch: Callable[[], Any], rows: ReplayRows | None) -> None:
-        mailbox, columns = self._mailbox, self._columns
-        before = mailbox.replays
-        tap = self._active_tap(rows)
-        if tap is not None and rows is not None:
-            tap.post(
-                mailbox,
-                rows.spans,
-                rows.num_rows,
-                token_ids=columns.token_ids is not None,
-                positions=rows.positions if columns.positions is None else None,
-                kv_slots=columns.kv_slots is not None,
-            )
-        if mailbox.replays == before:  # nothing to post, or no way to
-            mailbox.pass_over()
-        try:
+        tap = self._tap()
+        if tap is None:
+            self._mailbox.pass_over()
             launch()
-        except BaseException:
-            if (known := self._tap()) is not None:
-                known.retract(mailbox, torch.cuda.current_stream().cuda_stream)
-            raise
+            return
+        active = self._active_tap(rows)
+        post = None if active is None or rows is None else partial(self._post, active, rows)
+        tap.launch(self._mailbox, launch, post, 0 if rows is None else rows.num_rows)
+
+    def _post(self, tap: Tap, rows: ReplayRows) -> None:
+        columns = self._columns
+        tap.set_batch(rows.spans)
+        tap.writer.publish_graph(
+            self._mailbox,
+            rows.num_rows,
+            token_ids=columns.token_ids is not None,
+            positions=rows.positions if columns.positions is None else None,
+            kv_slots=columns.kv_slots is not None,
+        )
 
 
 class _OnStream(GraphStep):
@@ -224,19 +271,20 @@ class _OnStream(GraphStep):
             self._experts[: rows.num_rows],
             None if self._weights is None else self._weights[: rows.num_rows],
             Rows(rows.spans, positions, columns.token_ids, kv_slots=columns.kv_slots),
+            at_once=True,
         )
 
 
-def _launch(
+def _publish(
     tap: Tap,
     num_rows: int,
     mailbox: Mailbox,
-    kernels: ModuleType,
     ids: list[torch.Tensor],
     weights: list[torch.Tensor],
     columns: _Columns,
 ) -> None:
     """Launch `publish_rows` on the current stream."""
+    from expert_lens import kernels
 
     def blocks(values: int, per_word: int) -> int:
         per_block: int = per_word * kernels.BLOCK_WORDS
@@ -281,11 +329,6 @@ def _triton_type(tensor: torch.Tensor) -> Any:
     import triton.language
 
     return getattr(triton.language, str(tensor.dtype).removeprefix("torch."))
-
-
-def _kernels() -> ModuleType | None:
-    """The kernels, or None without Triton."""
-    return importlib.import_module("expert_lens.kernels") if importlib.util.find_spec("triton") else None
 
 
 @contextmanager

@@ -34,6 +34,8 @@ __all__ = ["DecodeRun", "Rows", "Step", "Tap"]
 
 MAX_WAITING_STEPS = 64
 """Steps that wait at most while another thread publishes; further ones are lost, and counted."""
+CLOSE_TIMEOUT = 5.0
+"""Seconds that `close` waits for a thread that is publishing; then it leaves that thread to close."""
 
 Indices = npt.NDArray[np.intp]
 U32 = npt.NDArray[np.uint32]
@@ -292,11 +294,18 @@ class Tap:
         self.publish(*self.pack(step, num_rows), rows, run)
 
     def publish(
-        self, experts: torch.Tensor, weights: torch.Tensor | None, rows: Rows, run: DecodeRun | None = None
+        self,
+        experts: torch.Tensor,
+        weights: torch.Tensor | None,
+        rows: Rows,
+        run: DecodeRun | None = None,
+        *,
+        at_once: bool = False,
     ) -> None:
         """Publish a packed step: leave out the rows that are not kept, and hand the rest to the writer.
 
-        `run`: the run whose step this is, if others will follow by `publish_next`.
+        `run`: the run whose step this is, if others will follow by `publish_next`. `at_once`: the tensors are a graph's
+        own, which its next replay overwrites, so if another thread is just publishing the rows are lost, and counted.
         """
         if not self.active:
             return
@@ -305,7 +314,8 @@ class Tap:
         next_step = (run, run.num_taken) if fits_next and run is not None else None
         token_ids = rows.token_ids
         if token_ids is not None:
-            token_ids = token_ids.reshape(-1).to(torch.int32)  # a copy: the engine may reuse what it ran over
+            # A copy, where the step may wait: the engine may reuse what it ran over.
+            token_ids = token_ids.reshape(-1).to(torch.int32, copy=not at_once)
         if rows.kept is not None:
             kept = torch.from_numpy(rows.kept).to(experts.device, non_blocking=True)
             experts = experts[kept]
@@ -326,52 +336,60 @@ class Tap:
             write = partial(self._write, experts, weights, token_ids, rows, next_step)
         if not self._jobs and self._turn.acquire(blocking=False):
             try:
-                write()
-            except Exception as error:
-                self.fail(error)
+                self._guard(write)
             finally:
                 self._turn.release()
             if self._jobs:
                 self._run_jobs()
-        elif len(self._jobs) < MAX_WAITING_STEPS:
+        elif not at_once and len(self._jobs) < MAX_WAITING_STEPS:
             self._submit(write)
         else:
             self.lost_tokens += len(experts)
 
-    def post(
-        self,
-        mailbox: Mailbox,
-        spans: Sequence[Span],
-        num_rows: int,
-        *,
-        token_ids: bool,
-        positions: U32 | None,
-        kv_slots: bool,
+    def launch(
+        self, mailbox: Mailbox, replay: Callable[[], Any], post: Callable[[], Any] | None, num_rows: int
     ) -> None:
-        """Publish what the next replay of a CUDA graph will write: `Writer.publish_graph`.
+        """Launch a replay of a CUDA graph, and publish the rows it writes, which `post()` does by the mailbox.
 
-        It cannot be left to another thread, as `publish` can: if one is just publishing, the rows are lost and counted.
+        None: it has none. Posting and launching go together: nobody else publishes between them. They cannot be left to
+        another thread, as `publish` can: if one is just publishing, the rows are lost and counted. What `replay` raises
+        is passed on; the rows are then all there or, if the replay did not run, void; they count as dropped.
         """
         if self._jobs:
             self._run_jobs()
-        if self._jobs or not self._turn.acquire(blocking=False):
-            self.lost_tokens += num_rows
-            return
+        held = not self._jobs and self._turn.acquire(blocking=False)
+        before = mailbox.replays
         try:
-            self._set_batch(spans)
-            self.writer.publish_graph(mailbox, num_rows, token_ids=token_ids, positions=positions, kv_slots=kv_slots)
+            if post is not None and self.active:
+                if held:
+                    self._guard(post)
+                else:
+                    self.lost_tokens += num_rows
+            if mailbox.replays == before:
+                mailbox.pass_over()
+            replay()
+        except BaseException:
+            if mailbox.replays != before:
+                self._guard(lambda: self._retract(mailbox))
+            raise
+        finally:
+            if held:
+                self._turn.release()
+            if self._jobs:
+                self._run_jobs()
+
+    def _retract(self, mailbox: Mailbox) -> None:
+        stream = torch.cuda.current_stream(mailbox.device).cuda_stream
+        record = mailbox.retract(stream)
+        if record is not None:  # posted, so that the turn is held
+            self.writer.void(record, mailbox.device, stream)
+
+    def _guard(self, work: Callable[[], Any]) -> None:
+        """Do something of ours: an error of it is not the engine's."""
+        try:
+            work()
         except Exception as error:
             self.fail(error)
-        finally:
-            self._turn.release()
-        if self._jobs:
-            self._run_jobs()
-
-    def retract(self, mailbox: Mailbox, stream: int) -> None:
-        """Take back what was posted for a replay that failed, on its raw stream."""
-        record = mailbox.cancel()  # at once: the next replay must not find it
-        if self.active:
-            self._submit(lambda: self.writer.retract(mailbox, record, stream))
 
     def finish(self, number: int, request: str, num_positions: int, state: Literal["finished", "aborted"]) -> None:
         """State that a request has ended, after all that was published before."""
@@ -390,9 +408,17 @@ class Tap:
             warnings.warn(f"expert_lens stopped capturing: {error}", RuntimeWarning, stacklevel=2)
 
     def close(self) -> None:
-        """Switch off and close the writer."""
+        """Switch off and close the writer, once whoever publishes just now is done."""
         self.active = False
-        self._submit(self.writer.close)
+        turn = self._turn
+        if not turn.acquire(timeout=CLOSE_TIMEOUT):
+            self._submit(self.writer.close)
+            return
+        try:
+            self._drain()
+            self.writer.close()
+        finally:
+            turn.release()
 
     def abandon(self) -> None:
         """Never touch the writer again: this process is a fork, and the arena belongs to its parent."""
@@ -409,7 +435,7 @@ class Tap:
         next_step: tuple[DecodeRun, int] | None,
     ) -> None:
         assert not isinstance(rows.positions, torch.Tensor), "positions on a GPU come with experts there"
-        self._set_batch(rows.spans)
+        self.set_batch(rows.spans)
         self.writer.publish(
             experts.numpy() if experts.dtype == torch.uint8 else experts.numpy().view(np.uint16),
             None if token_ids is None else token_ids.numpy().view(np.uint32),
@@ -427,7 +453,7 @@ class Tap:
         stream: int,
     ) -> None:
         """Have the GPU publish: the tensors were allocated on `stream`, so their memory outlives the copies there."""
-        self._set_batch(rows.spans)
+        self.set_batch(rows.spans)
         positions = rows.positions
         self.writer.publish_device(
             experts.data_ptr(),
@@ -440,7 +466,8 @@ class Tap:
             weights=None if weights is None else weights.data_ptr(),
         )
 
-    def _set_batch(self, spans: Sequence[Span]) -> None:
+    def set_batch(self, spans: Sequence[Span]) -> None:
+        """State whose rows the next record holds, unless the last one did; for who has the turn."""
         self._next = None
         if spans is not self._batch:
             if spans != self._batch:
@@ -456,12 +483,14 @@ class Tap:
         jobs, turn = self._jobs, self._turn
         while jobs and turn.acquire(blocking=False):
             try:
-                while jobs:
-                    jobs.popleft()()
-            except Exception as error:
-                self.fail(error)
+                self._drain()
             finally:
                 turn.release()
+
+    def _drain(self) -> None:
+        """Do what others have left, having the turn."""
+        while self._jobs:
+            self._guard(self._jobs.popleft())
 
 
 _taps: weakref.WeakSet[Tap] = weakref.WeakSet()

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import types
 import warnings
 from typing import Any
 
@@ -268,3 +269,83 @@ def test_the_engines_process_imports_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+class NotingMailbox:
+    """Stands in for a graph's mailbox, which no machine without a GPU has."""
+
+    device = 0
+
+    def __init__(self, calls: list[tuple[Any, ...]]) -> None:
+        self.calls = calls
+        self.replays = 0
+
+    def post(self) -> None:
+        self.replays += 1
+        self.calls.append(("post",))
+
+    def pass_over(self) -> None:
+        self.replays += 1
+        self.calls.append(("pass over",))
+
+    def retract(self, stream: int) -> int:
+        self.calls.append(("retract", stream))
+        return 3
+
+
+@pytest.fixture
+def launching(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, NotingWriter, Any]:
+    """A tap, its writer, and a mailbox that note what is called in one list."""
+    tap, writer = make_tap()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: types.SimpleNamespace(cuda_stream=77))
+    writer.void = lambda *call: writer.calls.append(("void", *call))  # type: ignore[attr-defined]
+    return tap, writer, NotingMailbox(writer.calls)
+
+
+def test_a_replay_is_posted_for_and_launched_and_nobody_comes_between(launching: tuple[Any, NotingWriter, Any]) -> None:
+    tap, writer, mailbox = launching
+
+    def replay() -> None:
+        others = [threading.Thread(target=tap.finish, args=(1, "a", 5, "finished")), threading.Thread(target=tap.close)]
+        for other in others:
+            other.start()
+        others[0].join()
+        writer.calls.append(("launch",))
+
+    tap.launch(mailbox, replay, mailbox.post, 4)
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(10)
+    assert writer.names == ["post", "launch", "finish", "close"]
+    tap.launch(mailbox, lambda: None, mailbox.post, 4)
+    assert writer.names[4:] == ["pass over"], "the capture is off"
+
+
+@pytest.mark.parametrize("where", ["posting", "launching"])
+def test_a_replay_that_fails_takes_its_post_back(launching: tuple[Any, NotingWriter, Any], where: str) -> None:
+    tap, writer, mailbox = launching
+
+    def post() -> None:
+        mailbox.post()
+        if where == "posting":
+            raise KeyboardInterrupt
+
+    def replay() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tap.launch(mailbox, replay, post, 4)
+    assert writer.calls == [("post",), ("retract", 77), ("void", 3, 0, 77)]
+    assert tap.error is None
+    tap.finish(1, "a", 5, "finished")
+    assert writer.names[-1] == "finish", "the turn was given back"
+
+
+def test_rows_of_a_replay_are_lost_and_counted_while_another_thread_publishes(
+    launching: tuple[Any, NotingWriter, Any],
+) -> None:
+    tap, writer, mailbox = launching
+    with tap._turn:
+        tap.launch(mailbox, lambda: writer.calls.append(("launch",)), mailbox.post, 4)
+    assert writer.names == ["pass over", "launch"]
+    assert tap.lost_tokens == 4

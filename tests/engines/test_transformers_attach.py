@@ -20,6 +20,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 import oracle
 import tiny_models
+from batches import generate_batch
 from expert_lens.engines import find_engine
 from expert_lens.engines import transformers as engine
 from expert_lens.errors import (
@@ -29,7 +30,7 @@ from expert_lens.errors import (
     UnsupportedModelError,
 )
 from oracle import Oracle
-from support import Attach, Capture, generate_batch, hooks_of, padded
+from support import Attach, Capture, hooks_of, padded
 from tiny_models import EOS, FAMILIES, PAD, VOCAB
 
 

@@ -22,7 +22,7 @@ class GraphForward:
     """Captured for `max_rows` rows; each replay computes the rows of one step, at the positions of its static input.
 
     Row r of step s, at position p: expert ids (s * PRIME + 11 p + 3 layer + 5 k) mod E, token id p + s mod 1000, KV
-    slot 3 p + s, weights ids / 1024.
+    slot 3 p + s, weights ids / 1024. `counting`: each replay computes the step after the last one's, by itself.
     """
 
     def __init__(
@@ -35,19 +35,23 @@ class GraphForward:
         strided: bool = False,
         warm_up: bool = True,
         beside: bool = True,
+        counting: bool = False,
+        attach: bool = True,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         self.tap = tap
         self.dtype = dtype
         self.columns = columns
         self.strided = strided
         self.beside = beside
+        self.counting = counting
         device = torch.device("cuda", torch.cuda.current_device())
         layer, choice = torch.arange(len(tap.layers), device=device), torch.arange(tap.top_k, device=device)
         self.offsets = layer[:, None] * 3 + choice * 5
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.positions = torch.arange(max_rows, device=device)
         self.seen = torch.zeros((), dtype=torch.int64, device=device)
-        self.stream = torch.cuda.Stream()
+        self.stream = stream or torch.cuda.Stream()
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         if warm_up:
@@ -60,6 +64,8 @@ class GraphForward:
             held = tap.end()
             assert held is not None
             self.recorded = graphs.record(tap, held, max_rows, **columns_in_graph)
+        if attach:
+            self.recorded.attach_to(self.graph)
         self.max_rows = max_rows
 
     def run(self) -> dict[str, torch.Tensor]:
@@ -68,6 +74,8 @@ class GraphForward:
         begun = tap.begin()
         if self.beside and begun is not None and torch.cuda.is_current_stream_capturing():
             graphs.mark_beginning(begun)
+        if self.counting:
+            step.add_(1)
         first = step * PRIME + self.positions * 11
         if self.strided:
             ids = (first[:, None, None] + self.offsets).remainder(tap.num_experts).to(self.dtype).unbind(1)

@@ -1,5 +1,8 @@
 """`generate_batch` on CUDA: eager and in CUDA graphs, one batch at a time and two in turn."""
 
+import gc
+import itertools
+import threading
 from typing import Any
 
 import numpy as np
@@ -103,6 +106,7 @@ def test_graphs_that_were_captured_before_attaching_are_captured_anew(attach: At
         with GraphOracle(model).watching() as truth:
             results = run()
         check_batches(capture, truth.rows(), results)
+        assert [one.generated_tokens for one in results.values()] == [one.generated_tokens for one in before.values()]
         assert truth.num_replays > 5
         assert capture.tap.publisher == "graph"
         capture.tap.close()
@@ -125,6 +129,47 @@ def test_a_cancelled_request_is_aborted_and_others_go_on(attach: Attach) -> None
         assert capture.requests()["long"]["state"] == "aborted"
         assert capture.requests()["short"]["state"] == "finished"
     assert capture.tap.error is None
+
+
+def test_a_capture_may_be_closed_while_the_engine_runs(attach: Attach) -> None:
+    model = make_model()
+    config = small_batches(max_batch_tokens=32, num_blocks=512, **MODES["graphs, asynchronous"])
+    options = {"continuous_batching_config": config, "max_new_tokens": 150}
+    alone = generate_batch(model, PROMPTS, **options)
+    for turn in range(4):
+        capture = attach(model)
+        closing = threading.Timer(0.1 + 0.15 * turn, capture.tap.close)
+        closing.start()
+        results = generate_batch(model, PROMPTS, **options)
+        closing.join()
+        assert capture.tap.error is None
+        for name, result in results.items():
+            assert result.generated_tokens == alone[name].generated_tokens
+        gc.collect()
+        torch.cuda.synchronize()
+
+
+def test_a_replay_that_fails_inside_the_engine(attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    capture = attach(model)
+    config = small_batches(max_batch_tokens=32, **MODES["graphs, asynchronous"])
+    replay, calls = torch.cuda.CUDAGraph.replay, itertools.count(1)
+
+    def failing(graph: Any) -> None:
+        if next(calls) == 9:
+            raise RuntimeError("in the engine")
+        replay(graph)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda.CUDAGraph, "replay", failing)
+        generate_batch(model, PROMPTS, max_new_tokens=20, continuous_batching_config=config)
+    assert next(calls) > 9
+    assert capture.tap.error is None
+    with capture.tap.request("again"), GraphOracle(model).watching() as truth:
+        results = generate_batch(model, PROMPTS, max_new_tokens=20, continuous_batching_config=config)
+    expected = {f"again.{name}": rows for name, rows in truth.rows().items()}
+    check_batches(capture, expected, {f"again.{name}": result for name, result in results.items()})
+    assert capture.tap.writer.dropped_tokens > 0
 
 
 @pytest.mark.timeout(600)

@@ -1,8 +1,12 @@
 """CUDA graphs publish: each replay's rows, whole and no other's, whatever happens between them."""
 
+import gc
 import importlib.util
+import os
 import random
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -13,9 +17,9 @@ import pytest
 import torch
 from graph_forward import GraphForward, make_tap
 from patterns import K, L, OnDevice, publish
-from test_publishing import SIZES, STEPS, report, start_reader
+from test_publishing import EDGE_STEPS, SIZES, STEPS, report, start_reader
 
-from expert_lens import graphs
+from expert_lens import graphs, kernels
 from expert_lens._core import MAILBOX_ENTRIES, RowStream
 from expert_lens.errors import CudaError, UnsupportedModelError
 from expert_lens.tap import Tap
@@ -154,6 +158,7 @@ def test_a_replay_that_fails_after_its_record_was_reserved_is_void(
     check(block, 128)
     found = [int((block["steps"] == step).sum()) for step in range(tap.writer.steps)]
     failed = [rows for rows in found if rows not in (4, 6, 7)]
+    assert tap.writer.dropped_tokens == (10 if way == GRAPH else 0)
     assert [rows for rows in found if rows in (4, 6, 7)] == [4, 6, 6, 7]
     assert set(failed) <= ({0, 5} if launched and way == GRAPH else {0}), "rows of the failed replay, or none"
     assert tap.error is None
@@ -227,19 +232,213 @@ def test_the_cpu_may_run_ahead_of_the_device(monkeypatch: pytest.MonkeyPatch, ta
     tap = make_tap("ahead")
     taps.append(tap)
     stream = RowStream("ahead")
-    forward = GraphForward(tap, 4)
-    with torch.cuda.stream(forward.stream):
-        torch.cuda._sleep(2_000_000_000)
-    for _ in range(MAILBOX_ENTRIES + 200):
-        forward.recorded.replay(forward.graph.replay, graphs.ReplayRows([(1, "a", 0, 2, 0, "decode")], 2))
+    forward = GraphForward(tap, 4, counting=True)
+    forward.step.fill_(-1)
     torch.cuda.synchronize()
-    sent = (MAILBOX_ENTRIES + 200) * 2
-    block: Any = stream.take(sent - tap.writer.dropped_tokens, 10.0)
-    assert len(block["steps"]) == sent - tap.writer.dropped_tokens
-    assert block["positions"].tolist() == [0, 1] * (len(block["steps"]) // 2)
+    with torch.cuda.stream(forward.stream):
+        torch.cuda._sleep(3_000_000_000)
+        began = time.monotonic()
+        for _ in range(MAILBOX_ENTRIES + 200):
+            forward.recorded.replay(forward.graph.replay, graphs.ReplayRows([(1, "a", 0, 2, 0, "decode")], 2))
+        took = time.monotonic() - began
+    torch.cuda.synchronize()
+    dropped = tap.writer.dropped_tokens
+    assert dropped > 0 or took > 0.5, "the CPU did not run ahead"
+    sent = (MAILBOX_ENTRIES + 200) * 2 - dropped
+    check(read(stream, sent), 128)
     assert tap.error is None
-    forward.replay(3)
+    forward.recorded.replay(forward.graph.replay, graphs.ReplayRows([(1, "a", 0, 3, 0, "decode")], 3))
     check(read(stream, 3), 128)
+
+
+def test_space_of_records_made_void_is_used_again(monkeypatch: pytest.MonkeyPatch, taps: list[Tap]) -> None:
+    monkeypatch.setenv("EXPERT_LENS_PUBLISHER", GRAPH)
+    tap = make_tap("voids", arena_bytes=1 << 17)
+    taps.append(tap)
+    stream = RowStream("voids")
+    forward = GraphForward(tap, 16)
+
+    def fail() -> None:
+        raise RuntimeError("in the engine")
+
+    for turn in range(300):
+        with pytest.raises(RuntimeError, match="in the engine"):
+            forward.replay(16, launch=fail)
+        if turn % 5 == 4:
+            forward.replay(9)
+            check(read(stream, 9), 128)
+            stream.release()
+    assert tap.writer.dropped_tokens == 300 * 16
+    assert tap.error is None
+
+
+def test_more_graphs_than_torch_has_streams(monkeypatch: pytest.MonkeyPatch, taps: list[Tap]) -> None:
+    monkeypatch.setenv("EXPERT_LENS_PUBLISHER", GRAPH)
+    tap = make_tap("many", layers=3, top_k=2)
+    taps.append(tap)
+    stream = RowStream("many")
+    captured_on = torch.cuda.Stream()
+    forwards = [GraphForward(tap, 4, warm_up=False, stream=captured_on) for _ in range(70)]
+    for forward in forwards:
+        forward.replay(3)
+    check(read(stream, 210), 128, 3, 2)
+    assert tap.error is None
+
+
+def test_a_graph_that_nobody_tells_us_of_keeps_its_memory(taps: list[Tap]) -> None:
+    tap = make_tap("untold")
+    forward = GraphForward(tap, 8, attach=False)
+    del forward.recorded
+    gc.collect()
+    tap.close()
+    del taps
+    for step in range(5):
+        forward.step.fill_(step)
+        forward.graph.replay()
+    torch.cuda.synchronize()
+    assert forward.seen.item() == 4
+
+
+@pytest.mark.parametrize("what", ["mailbox", "kernels"])
+def test_a_capture_of_the_engine_goes_on_when_ours_fails(
+    what: str, monkeypatch: pytest.MonkeyPatch, taps: list[Tap]
+) -> None:
+    tap = make_tap("refusing")
+    taps.append(tap)
+    stream = RowStream("refusing")
+    writer = tap.writer
+
+    class Refusing:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(writer, name)
+
+        def mailbox(self, *_: Any) -> Any:
+            raise CudaError("no memory")
+
+    class Broken:
+        def __getitem__(self, _: Any) -> Any:
+            raise RuntimeError("no C compiler")
+
+    if what == "mailbox":
+        tap.writer = Refusing()  # type: ignore[assignment]
+        forward = GraphForward.__new__(GraphForward)
+        with pytest.raises(CudaError, match="no memory"):
+            forward.__init__(tap, 8)  # type: ignore[misc]
+    else:
+        monkeypatch.setattr(kernels, "publish_rows", Broken())
+        with pytest.warns(RuntimeWarning, match="no C compiler"):
+            forward = GraphForward(tap, 8)
+        forward.replay(5)
+        check(read(stream, 5), 128)
+        assert tap.writer.publisher == "stream"
+    forward.step.fill_(7)
+    if what == "kernels":
+        forward.graph.replay()
+        torch.cuda.synchronize()
+        assert forward.seen.item() == 7
+    assert tap.error is None
+
+
+def test_columns_of_another_length_or_type_are_refused(taps: list[Tap]) -> None:
+    tap = make_tap("columns", layers=1, top_k=2)
+    taps.append(tap)
+    ids = torch.zeros((4, 2), dtype=torch.int64, device="cuda")
+    wrong = {"short": torch.zeros(3, dtype=torch.int64, device="cuda"), "real": torch.zeros(4, device="cuda")}
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        tap.begin()
+        tap.layer(0, ids)
+        held = tap.end()
+        assert held is not None
+        for column in wrong.values():
+            with pytest.raises(UnsupportedModelError, match="positions of shape"):
+                graphs.record(tap, held, 4, positions=column)
+        torch.zeros(1, device="cuda")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_leaves_its_parents_graphs_alone(taps: list[Tap]) -> None:
+    tap = make_tap("forked")
+    taps.append(tap)
+    stream = RowStream("forked")
+    forward = GraphForward(tap, 8)
+    forward.replay(8)
+    torch.cuda.synchronize()
+    child = os.fork()
+    if not child:
+        try:
+            forward.recorded.replay(lambda: None, graphs.ReplayRows([(1, "a", 0, 2, 0, "decode")], 2))
+            del forward.graph.expert_lens, forward.recorded
+            gc.collect()
+        finally:
+            os._exit(0 if not hasattr(forward, "recorded") else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    forward.replay(5)
+    check(read(stream, 13), 128)
+    assert tap.error is None
+
+
+def test_a_reader_that_is_killed_holds_no_graph_up(taps: list[Tap]) -> None:
+    tap = make_tap("killed", arena_bytes=1 << 20, on_full="wait", wait_timeout=30.0)
+    taps.append(tap)
+    first = start_reader("killed")
+    forward = GraphForward(tap, 64)
+    forward.replay(64)
+    with first:
+        first.send_signal(signal.SIGKILL)
+    time.sleep(0.3)
+    for _ in range(2000):
+        forward.replay(64)
+    second = start_reader("killed")
+    for _ in range(10):
+        forward.replay(64)
+    tap.close()
+    found = report(second)
+    assert (found["wrong"], found["wrong_tokens"], found["corrupt"]) == (0, 0, 0)
+    assert found["steps"] >= 10
+    assert tap.writer.dropped_tokens == 0
+
+
+def test_another_threads_capture_goes_on_beside_replays(taps: list[Tap]) -> None:
+    tap = make_tap("beside")
+    taps.append(tap)
+    stream = RowStream("beside")
+    forward = GraphForward(tap, 8)
+    x, graph = torch.ones(64, device="cuda"), torch.cuda.CUDAGraph()
+    capturing, replayed, failed = threading.Event(), threading.Event(), []
+
+    def capture() -> None:
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="global"):
+                y = x * 2
+                capturing.set()
+                assert replayed.wait(30)
+                x.copy_(y)
+        except BaseException as error:
+            failed.append(error)
+            capturing.set()
+
+    torch.cuda.synchronize()
+    thread = threading.Thread(target=capture)
+    thread.start()
+    assert capturing.wait(30)
+    rows = graphs.ReplayRows([(1, "a", 0, 8, 0, "decode")], 8)
+
+    def fail() -> None:
+        raise RuntimeError("in the engine")
+
+    with torch.cuda.stream(forward.stream):
+        forward.recorded.replay(forward.graph.replay, rows)
+        with pytest.raises(RuntimeError, match="in the engine"):
+            forward.recorded.replay(fail, rows)
+        forward.recorded.replay(forward.graph.replay, rows)
+    block: Any = stream.take(16, 10.0)
+    replayed.set()
+    thread.join()
+    assert failed == []
+    assert len(block["steps"]) == 16
+    assert tap.error is None
+    graph.replay()
+    assert x.sum().item() == 128
 
 
 def test_without_triton_the_stream_publishes(monkeypatch: pytest.MonkeyPatch, taps: list[Tap]) -> None:
@@ -254,20 +453,27 @@ def test_without_triton_the_stream_publishes(monkeypatch: pytest.MonkeyPatch, ta
     assert tap.writer.publisher == "stream"
 
 
-def test_replays_that_pass_by_switch_the_capture_off(monkeypatch: pytest.MonkeyPatch, taps: list[Tap]) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_replays_that_pass_by_switch_the_capture_off(
+    monkeypatch: pytest.MonkeyPatch, taps: list[Tap], ahead: bool
+) -> None:
     monkeypatch.setenv("EXPERT_LENS_PUBLISHER", GRAPH)
     tap = make_tap("unseen")
     taps.append(tap)
     stream = RowStream("unseen")
     forward = GraphForward(tap, 8)
     forward.replay(8)
-    torch.cuda.synchronize()
-    forward.graph.replay()
+    check(read(stream, 8), 128)
+    with torch.cuda.stream(forward.stream):
+        if ahead:
+            torch.cuda._sleep(200_000_000)
+        forward.graph.replay()
+    if ahead:
+        forward.replay(8)  # the one that nobody counted takes its post
     torch.cuda.synchronize()
     with pytest.warns(RuntimeWarning, match="1 passed by the capture"):
         forward.replay(8)
     assert isinstance(tap.error, CudaError)
-    check(read(stream, 8), 128)
     forward.replay(None)
     torch.cuda.synchronize()
     assert forward.seen.item() == 12_345, "the graph runs on"
@@ -310,6 +516,25 @@ def test_a_layer_that_is_silent_inside_a_capture_is_named(taps: list[Tap]) -> No
         torch.zeros(1, device="cuda")
     with pytest.raises(RuntimeError, match="no CUDA graph is being captured"):
         graphs.record(tap, held, 4)
+
+
+def test_rows_are_there_when_their_number_is(monkeypatch: pytest.MonkeyPatch, taps: list[Tap]) -> None:
+    """One replay at a time, so that the reader stands at the newest record and comes to it as it is published."""
+    monkeypatch.setenv("EXPERT_LENS_PUBLISHER", GRAPH)
+    tap = make_tap("edge", on_full="wait", wait_timeout=30.0)
+    taps.append(tap)
+    reader = start_reader("edge", rows_a_block=1, patience=0.0)
+    forwards = {rows: GraphForward(tap, rows) for rows in (64, 1, 4096, 300)}
+    sent = 0
+    for step in range(EDGE_STEPS):
+        rows = (64, 1, 4096, 300)[step % 4]
+        assert forwards[rows].replay(rows) == step
+        torch.cuda.synchronize()
+        sent += rows
+    tap.close()
+    found = report(reader)
+    assert (found["rows"], found["wrong"], found["wrong_tokens"], found["corrupt"]) == (sent, 0, 0, 0)
+    assert tap.error is None
 
 
 @pytest.mark.timeout(600)

@@ -32,9 +32,11 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
-def start_reader(capture: str, num_experts: int = 128, rows_a_block: int = 8192) -> subprocess.Popen[str]:
+def start_reader(
+    capture: str, num_experts: int = 128, rows_a_block: int = 8192, patience: float = 0.05
+) -> subprocess.Popen[str]:
     reader = subprocess.Popen(
-        [sys.executable, str(READING), capture, str(num_experts), str(rows_a_block)],
+        [sys.executable, str(READING), capture, str(num_experts), str(rows_a_block), str(patience)],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
@@ -189,6 +191,7 @@ def test_drops_are_counted_and_what_comes_is_whole(way: str) -> None:
 
 
 STEPS = 200_000
+EDGE_STEPS = 12_000
 SIZES = [1] * 60 + [2, 7, 16, 33, 64, 64, 64, 100, 256] * 4 + [1000, 2048, 4096]
 
 
@@ -212,6 +215,23 @@ def test_stress(way: str) -> None:
     assert found == {
         "rows": sent, "steps": STEPS, "wrong": 0, "wrong_tokens": 0, "corrupt": 0, "dropped": 0,
     }  # fmt: skip
+    assert writer.publisher == way
+
+
+def test_rows_are_there_when_their_number_is(way: str) -> None:
+    """One step at a time, so that the reader stands at the newest record and comes to it as it is published."""
+    writer = make_writer("edge", on_full="wait", wait_timeout=30.0)
+    reader = start_reader("edge", rows_a_block=1, patience=0.0)
+    source = OnDevice(128, 4096)
+    sent = 0
+    for step in range(EDGE_STEPS):
+        rows = (64, 1, 4096, 300)[step % 4]
+        assert publish(writer, source, step, rows)
+        torch.cuda.synchronize()
+        sent += rows
+    writer.close()
+    found = report(reader)
+    assert (found["rows"], found["wrong"], found["wrong_tokens"], found["corrupt"]) == (sent, 0, 0, 0)
     assert writer.publisher == way
 
 
@@ -357,7 +377,7 @@ torch.cuda.synchronize()
 """
 CLOSED = """
 tap.close()
-del forward.recorded
+del forward.graph.expert_lens, forward.recorded
 print("closed", flush=True)
 os._exit(0)
 """

@@ -7,7 +7,7 @@ use crate::layout::{Facts, Header, MIN_ARENA_BYTES, Producer, READERS, entry, re
 use crate::memory::{Mapped, Memory};
 use crate::process;
 use crate::reader::{Mode, Reader};
-use crate::writer::{DeviceRows, GraphRows, Landing, OnFull, Published, Writer, now_ns};
+use crate::writer::{DeviceRows, GraphRows, OnFull, Published, Writer, now_ns};
 use rustix::fs::{self as sys, Mode as Permissions, OFlags};
 use rustix::io::{Errno, retry_on_intr};
 use std::ops::{Deref, DerefMut};
@@ -108,7 +108,7 @@ impl Publisher {
     }
 
     /// Publish the rows that the next replay of the mailbox's graph writes. The replay must be launched next; if that
-    /// fails, [`Publisher::retract`].
+    /// fails, [`Mailbox::retract`] and [`Publisher::void`].
     ///
     /// # Errors
     /// Lengths that do not agree, and replays that passed by the mailbox: nothing is published then, and the replay writes
@@ -120,27 +120,24 @@ impl Publisher {
         self.pinned()?;
         let pinned = self.pinned.as_mut().expect("made above");
         match pinned.by_post(mailbox, rows.rows)? {
+            // The graph's kernels do nothing for no rows, not even publish them.
+            _ if rows.rows == 0 => Ok(Published::default()),
             Some(mut post) => self.writer.publish_graph(rows, &mut post),
             None => Ok(self.writer.drop_step(rows.rows)),
         }
     }
 
-    /// A replay of the mailbox's graph has failed, or was never launched: `record`, which [`Mailbox::cancel`] gave, holds
-    /// nothing then, and the replays after it are matched again.
+    /// The replay of a graph that `record` was posted for has failed, or was never launched, and [`Mailbox::retract`] took
+    /// the post out: make it a record of nothing, which counts as dropped, unless its rows have come and gone.
     ///
     /// # Errors
     /// [`Error::Cuda`] when the driver refuses: nothing more is published then, so the caller had better stop.
     ///
     /// # Safety
-    /// `stream` is the raw stream on which the replay was, or would have been, launched.
-    pub unsafe fn retract(&mut self, mailbox: &Mailbox, record: Option<u64>, stream: u64) -> Result<()> {
-        self.pinned()?;
-        let pinned = self.pinned.as_mut().expect("made above");
-        // SAFETY: as the caller promises.
-        unsafe { mailbox.match_again(stream)? };
-        if let Some(index) = record {
-            let at = self.writer.void(index)?;
-            pinned.landing(mailbox.ordinal(), stream)?.publish(at, index + 1)?;
+    /// `stream` is the raw stream of that device on which the replay was, or would have been, launched.
+    pub unsafe fn void(&mut self, record: u64, device: i32, stream: u64) -> Result<()> {
+        if let Some((at, before)) = self.writer.void(record) {
+            self.pinned()?.publish_behind(device, stream, at, record + 1, before)?;
         }
         Ok(())
     }

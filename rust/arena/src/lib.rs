@@ -49,6 +49,10 @@ mod layout;
 mod memory;
 #[cfg(loom)]
 pub mod model;
+#[cfg(loom)]
+pub mod posts;
+#[cfg(not(loom))]
+mod posts;
 mod process;
 mod reader;
 mod writer;
@@ -56,10 +60,11 @@ mod writer;
 pub use arena::{Publisher, open};
 pub use batch::{End, Outcome, Phase, Span};
 pub use captures::{Capture, clean, default_directory, find, list};
-pub use cuda::{ENTRIES, Mailbox, Way, exchange_capture_mode};
+pub use cuda::{Mailbox, Way, exchange_capture_mode};
 pub use error::{Error, Result};
 pub use layout::{Facts, Header, LAYOUT_VERSION, MAX_EXPERTS, MAX_ID_BYTES, MAX_LAYERS, Producer};
 pub use memory::{Mapped, Memory};
+pub use posts::ENTRIES;
 pub use process::is_alive;
 pub use reader::{Mode, Reader, Record, Step};
 pub use writer::{DeviceRows, GraphRows, OnFull, Published, Rows, Source, Writer};

@@ -339,14 +339,12 @@ impl<M: Memory> Writer<M> {
         Published { rows: 0, dropped: rows }
     }
 
-    /// Make a record that was reserved, and whose forward has failed, one of nothing, and give the word of its sequence
-    /// number, which is still to be stored behind whatever may yet write there. Its rows count as dropped.
-    ///
-    /// # Errors
-    /// No such record, or one whose space was given away.
-    pub(crate) fn void(&mut self, index: u64) -> Result<usize> {
+    /// Make a record that was reserved, and whose forward has failed, one of nothing. Gives the word of its sequence number
+    /// and what stands there until it is published, which is still to be done, behind whatever may yet write into the
+    /// record; None if the forward ran after all and its space is given away. Its rows count as dropped.
+    pub(crate) fn void(&mut self, index: u64) -> Option<(usize, u64)> {
         if index < self.tail || index >= self.head {
-            return Err(Error::invalid(format!("record {index}, of records {} to {}", self.tail, self.head)));
+            return None;
         }
         let at = self.header.geometry.descriptor(index);
         let what = self.memory.load(at + descriptor::WHAT, Relaxed);
@@ -358,7 +356,9 @@ impl<M: Memory> Writer<M> {
         }
         self.count_dropped_record();
         self.count_dropped_rows(rows as usize);
-        Ok(at + descriptor::SEQUENCE)
+        // A descriptor keeps the number of the record that had it before.
+        let before = (index + 1).saturating_sub(self.starts.len() as u64);
+        Some((at + descriptor::SEQUENCE, before))
     }
 
     /// Whether every record that was reserved is published.
@@ -788,7 +788,8 @@ mod tests {
         assert_eq!(writer.publish_graph(&rows(Some(&[4, 5]), 2), &mut device).unwrap().rows, 2);
         assert!(reader.poll().unwrap().is_none(), "nothing has landed");
         device.published.clear();
-        let at = writer.void(0).unwrap();
+        let (at, before) = writer.void(0).unwrap();
+        assert_eq!(before, 0);
         assert_eq!(writer.publish_graph(&rows(None, 2), &mut device).unwrap().rows, 2);
         device.land(&memory, 7);
         assert!(reader.poll().unwrap().is_none(), "the void record is still before it");
@@ -798,8 +799,26 @@ mod tests {
         assert_eq!(step.kv_slots.unwrap(), step.token_ids.unwrap());
         assert_eq!(step.batch.unwrap()[0].request, "r1");
         assert_eq!((writer.dropped_rows(), writer.dropped_records(), reader.lost_rows()), (2, 1, 0));
-        assert!(writer.void(1).is_ok(), "a record that has come can be made void, too");
-        assert!(writer.void(2).is_err(), "but not one that there is not");
+        assert!(writer.void(1).is_some(), "a record that has come can be made void, too");
+        assert!(writer.void(2).is_none(), "but not one that there is not");
+    }
+
+    #[test]
+    fn a_descriptor_keeps_its_last_number_until_it_is_published_anew() {
+        let (memory, mut writer, mut reader) = arena();
+        let mut device = Device { in_graph: true, ..Device::default() };
+        let laps = writer.starts.len() as u64;
+        for _ in 0..laps + 5 {
+            assert_eq!(writer.publish_graph(&rows(None, 1), &mut device).unwrap().rows, 1);
+            device.land(&memory, 3);
+            reader.poll().unwrap().unwrap();
+            reader.release(reader.cursor());
+        }
+        writer.publish_graph(&rows(None, 1), &mut device).unwrap();
+        let (at, before) = writer.void(laps + 5).unwrap();
+        assert_eq!(memory.load(at, Acquire), before);
+        assert_eq!(before, 6);
+        assert!(writer.void(4).is_none(), "its space is given away");
     }
 
     #[test]

@@ -13,6 +13,7 @@ fn models() {
 #[cfg(loom)]
 mod models {
     use expert_lens_arena::model::{header, len, ordered_words, reader, writer};
+    use expert_lens_arena::posts::{ENTRY_WORDS, Post, Posts, entry, words};
     use expert_lens_arena::{End, Memory, Mode, Outcome, Reader, Record, Rows, Writer};
     use loom::sync::atomic::{AtomicU64, fence};
     use loom::thread;
@@ -245,6 +246,50 @@ mod models {
             writer.finish(&End { number: 7, request, num_positions: 1, outcome: Outcome::Finished }).unwrap();
             writer.close();
             reading.join().unwrap();
+        });
+    }
+
+    /// A device takes posts while the CPU refills their entries: each replay finds its own post, whole, or none.
+    #[test]
+    fn a_post_is_taken_whole_by_its_own_replay() {
+        const FEW: usize = 2;
+        const REPLAYS: u64 = 4;
+        explore(Some(3), 100, || {
+            let ordered: Vec<usize> = (0..words(FEW)).collect();
+            let memory = Arc::new(Words::zeroed(words(FEW), &ordered));
+            // The launch: a release by the CPU, an acquire by the device.
+            let launched = loom::sync::Arc::new(AtomicU64::new(0));
+            let device = {
+                let (memory, launched) = (Arc::clone(&memory), launched.clone());
+                thread::spawn(move || {
+                    let mut taken = 0;
+                    for _ in 0..REPLAYS {
+                        while launched.load(Ordering::Acquire) <= taken {
+                            thread::yield_now();
+                        }
+                        taken += 1;
+                        let word =
+                            |at| memory.load((taken % FEW as u64) as usize * ENTRY_WORDS + at, Ordering::Relaxed);
+                        let found = [entry::REPLAY, entry::ROWS, entry::VALUE].map(word);
+                        let skipped = taken == 2;
+                        assert!(
+                            if found[0] == taken { found[1..] == [taken; 2] && !skipped } else { true },
+                            "{found:?}"
+                        );
+                        memory.store(FEW * ENTRY_WORDS, taken, Ordering::Release);
+                    }
+                })
+            };
+            let mut posts = Posts::new(Arc::clone(&memory), FEW);
+            for replay in 1..=REPLAYS {
+                if replay == 2 {
+                    posts.pass_over();
+                } else if posts.advance().unwrap() {
+                    posts.post(Post { rows: replay, payload: 0, sequence: 0, value: replay }, replay);
+                }
+                launched.store(replay, Ordering::Release);
+            }
+            device.join().unwrap();
         });
     }
 }

@@ -13,8 +13,11 @@ impl Mailbox {
         self.0.pass_over();
     }
 
-    fn cancel(&mut self) -> Option<u64> {
-        self.0.cancel()
+    fn retract(&mut self, stream: u64) -> PyResult<Option<u64>> {
+        // SAFETY: the stub asks the caller for the raw stream of the replays.
+        #[expect(unsafe_code, reason = "Python can only give handles")]
+        let record = unsafe { self.0.retract(stream) };
+        record.map_err(to_python)
     }
 
     #[getter]
@@ -25,6 +28,16 @@ impl Mailbox {
     #[getter]
     fn taken(&self) -> u64 {
         self.0.taken_word()
+    }
+
+    #[getter]
+    fn device(&self) -> i32 {
+        self.0.ordinal()
+    }
+
+    #[getter]
+    fn stream(&self) -> u64 {
+        self.0.stream()
     }
 
     #[getter]

@@ -271,12 +271,12 @@ impl Writer {
         Ok(published.map_err(to_python)?.dropped == 0)
     }
 
-    fn retract(&mut self, mailbox: &Mailbox, record: Option<u64>, stream: u64) -> PyResult<()> {
+    fn void(&mut self, record: u64, device: i32, stream: u64) -> PyResult<()> {
         let publisher = self.open()?;
         // SAFETY: the stub asks the caller for the raw stream of the replay.
         #[expect(unsafe_code, reason = "Python can only give handles")]
-        let retracted = unsafe { publisher.retract(&mailbox.0, record, stream) };
-        retracted.map_err(to_python)
+        let voided = unsafe { publisher.void(record, device, stream) };
+        voided.map_err(to_python)
     }
 
     #[pyo3(signature = (number, request, num_positions, state="finished"))]
@@ -291,9 +291,13 @@ impl Writer {
         self.open()?.finish(&End { number, request, num_positions, outcome }).map_err(to_python)
     }
 
-    fn close(&mut self) {
-        if let Some(publisher) = self.publisher.take() {
-            self.last = (publisher.steps(), publisher.dropped_rows(), publisher.way());
+    fn close(slf: &Bound<'_, Self>) {
+        let mut this = slf.borrow_mut();
+        if let Some(publisher) = this.publisher.take() {
+            this.last = (publisher.steps(), publisher.dropped_rows(), publisher.way());
+            drop(this);
+            // It waits for a device: others may need the GIL to give that its work.
+            slf.py().detach(|| drop(publisher));
         }
     }
 

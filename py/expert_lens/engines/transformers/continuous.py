@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -70,16 +71,18 @@ class _Decoding:
     def advance(self, batch: list[Any]) -> U32 | None:
         """The positions of the batch that is prepared, if it is the next token of each request, and nothing else."""
         states = self.states
-        if len(batch) != len(states) or any(
-            future.state is not state or future.query_length != 1 for future, state in zip(batch, states, strict=True)
-        ):
+        same = len(batch) == len(states) and all(map(is_, map(_state, batch), states))
+        if not same or set(map(_query_length, batch)) != {1}:
             return None
-        ends = np.array([state.position_offset for state in states], np.uint32)  # the engine has counted it already
+        ends = np.fromiter(map(_position_offset, states), np.uint32, len(states))  # the engine has counted it already
         positions = self.positions + np.uint32(1)
         if not np.array_equal(ends, positions + np.uint32(1)):
             return None
         self.positions = positions
         return positions
+
+
+_state, _query_length, _position_offset = map(attrgetter, ("state", "query_length", "position_offset"))
 
 
 class ContinuousBatches:
@@ -241,7 +244,9 @@ class ContinuousBatches:
             return _Replay(self, known, processor, graph, recorded)
 
         def set_graph(original: Callable[..., Any], graph: Any, *args: Any, **kwargs: Any) -> Any:
-            graph.expert_lens, known.recorded = known.recorded, None
+            recorded, known.recorded = known.recorded, None
+            if recorded is not None:
+                self._guard(lambda _, step: step.attach_to(graph), known, recorded)
             return original(graph, *args, **kwargs)
 
         io = processor.inputs_and_outputs

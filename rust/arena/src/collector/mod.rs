@@ -321,7 +321,11 @@ impl Inner {
         let reader = &mut self.feed.sources[arena].reader;
         let mut time_ns = 0;
         match reader.poll() {
-            Ok(None) => return false,
+            Ok(None) => {
+                // It may have passed over records of nothing, whose space must not stay held.
+                reader.release(reader.cursor());
+                return false;
+            }
             Ok(Some(Record::End(end))) => self.store.finish(arena, &end),
             Ok(Some(Record::Step(step))) => {
                 time_ns = step.time_ns;

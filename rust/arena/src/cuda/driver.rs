@@ -50,6 +50,7 @@ driver! {
     device_pointer: b"cuMemHostGetDevicePointer_v2\0"(*mut u64, *mut c_void, c_uint);
     copy_to_host: b"cuMemcpyDtoHAsync_v2\0"(*mut c_void, u64, usize, Handle);
     copy_to_device: b"cuMemcpyHtoDAsync_v2\0"(u64, *const c_void, usize, Handle);
+    set_words: b"cuMemsetD32Async\0"(u64, c_uint, usize, Handle);
     write_value: b"cuStreamWriteValue64_v2\0"(Handle, u64, u64, c_uint);
     device_alloc: b"cuMemAlloc_v2\0"(*mut u64, usize);
     device_free: b"cuMemFree_v2\0"(u64);

@@ -1,4 +1,5 @@
-//! The fallback: an event behind the copies, and a thread of ours that publishes once it has come.
+//! An event on a stream, and a thread of ours that publishes once it has come: for devices that cannot store by
+//! themselves, and for records whose forward failed.
 
 use super::driver::{Driver, Handle, RELAXED, Status};
 use crate::error::{Error, Result};
@@ -22,6 +23,20 @@ struct Awaited {
     context: usize,
     at: usize,
     value: u64,
+    /// What must stand there still; None: whatever does.
+    instead_of: Option<u64>,
+}
+
+impl Awaited {
+    fn publish(&self, memory: &Mapped) {
+        match self.instead_of {
+            None => memory.store(self.at, self.value, Release),
+            // If something else stands there, the device has published the record itself.
+            Some(before) => {
+                memory.compare_exchange(self.at, before, self.value);
+            }
+        }
+    }
 }
 
 /// The thread that publishes records whose event has come, in their order. How many there are is bounded by the arena's
@@ -46,7 +61,7 @@ impl Watcher {
                 loop {
                     // SAFETY: the event lives until it is destroyed by `Watcher`, after this thread has ended.
                     match unsafe { (driver.event_query)(record.event as Handle) } {
-                        0 => break memory.store(record.at, record.value, Release),
+                        0 => break record.publish(&memory),
                         NOT_READY => std::thread::sleep(EVENT_PERIOD),
                         // The context is broken: the record never lands, and neither does any behind it.
                         _ => return,
@@ -62,7 +77,15 @@ impl Watcher {
         Ok(Self { driver, awaited: Some(awaited), spent: Mutex::new(spent), thread: Some(thread) })
     }
 
-    pub fn watch(&mut self, stream: Handle, context: usize, at: usize, value: u64) -> Result<()> {
+    /// Store `value` at word `at` once `stream` has come so far; with `instead_of`, only if that stands there still.
+    pub fn watch(
+        &mut self,
+        stream: Handle,
+        context: usize,
+        at: usize,
+        value: u64,
+        instead_of: Option<u64>,
+    ) -> Result<()> {
         let driver = self.driver;
         // An event belongs to its context; a spent one of another device is destroyed.
         let mut event: Handle = std::ptr::null_mut();
@@ -82,8 +105,8 @@ impl Watcher {
             }
             driver.check("cuEventRecord", (driver.event_record)(event, stream))?;
         }
-        let sent =
-            self.awaited.as_ref().map(|awaited| awaited.send(Awaited { event: event as usize, context, at, value }));
+        let record = Awaited { event: event as usize, context, at, value, instead_of };
+        let sent = self.awaited.as_ref().map(|awaited| awaited.send(record));
         match sent {
             Some(Ok(())) => Ok(()),
             _ => Err(Error::Cuda { what: "the event publisher has ended: a copy of an earlier step failed".into() }),

@@ -26,7 +26,7 @@ use crate::writer::Landing;
 use driver::{Driver, Handle};
 use events::{EVENT_PERIOD, Watcher};
 pub(crate) use mailbox::ByPost;
-pub use mailbox::{ENTRIES, Mailbox};
+pub use mailbox::Mailbox;
 use std::ffi::{c_int, c_uint};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -139,10 +139,26 @@ impl Pinned {
     /// What publishes a step of `rows` rows by the next replay of the mailbox's graph; None if too many replays are on
     /// their way.
     pub fn by_post<'a>(&mut self, mailbox: &'a mut Mailbox, rows: usize) -> Result<Option<ByPost<'a>>> {
-        let has_room = mailbox.advance()?;
+        let has_room = mailbox.posts().advance()?;
         let at = self.device(mailbox.ordinal())?;
         self.used = Some(Way::Graph);
         Ok(has_room.then(|| ByPost { mailbox, base: self.devices[at].base, rows, payload: None }))
+    }
+
+    /// Store `value` at word `at` once that raw stream has come so far, if `instead_of` stands there still: the device may
+    /// have published the record itself.
+    pub fn publish_behind(&mut self, ordinal: i32, stream: u64, at: usize, value: u64, instead_of: u64) -> Result<()> {
+        let device = self.device(ordinal)?;
+        let (driver, context) = (self.driver, self.devices[device].context);
+        let watcher = self.watcher()?;
+        driver.within(context, || watcher.watch(stream as Handle, context, at, value, Some(instead_of)))
+    }
+
+    fn watcher(&mut self) -> Result<&mut Watcher> {
+        if self.watcher.is_none() {
+            self.watcher = Some(Watcher::start(self.driver, Arc::clone(&self.memory))?);
+        }
+        Ok(self.watcher.as_mut().expect("made above"))
     }
 
     fn device(&mut self, ordinal: i32) -> Result<usize> {
@@ -185,8 +201,8 @@ impl Pinned {
             return Err(error);
         }
         let by_event = self.asked == Asked::Event || can_write == 0;
-        if by_event && self.watcher.is_none() {
-            self.watcher = Some(Watcher::start(driver, Arc::clone(&self.memory))?);
+        if by_event {
+            self.watcher()?;
         }
         self.devices.push(Device { ordinal, device, context: context as usize, base, by_event });
         Ok(self.devices.len() - 1)
@@ -257,7 +273,7 @@ impl Landing for OnStream<'_> {
         let device = &devices[self.at];
         assert!(at < memory.len(), "the writer publishes in its arena");
         driver.within(device.context, || match watcher {
-            Some(watcher) if device.by_event => watcher.watch(stream, device.context, at, value),
+            Some(watcher) if device.by_event => watcher.watch(stream, device.context, at, value, None),
             // SAFETY: the word lies in the pinned mapping, where the device knows it as `base + at * 8`. Flag 0 keeps the
             // barrier before the store.
             _ => driver.check("cuStreamWriteValue64", unsafe {
