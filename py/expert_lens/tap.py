@@ -276,7 +276,7 @@ class Tap:
         """
         if not self.active:
             return
-        if not token_ids.is_cuda and not self._jobs and self._turn.acquire(blocking=False):
+        if not token_ids.is_cuda and self._take_turn():
             try:
                 if follows := self._next == (run, run.num_taken):
                     run.num_taken += 1
@@ -285,9 +285,7 @@ class Tap:
             except Exception as error:
                 self.fail(error)
             finally:
-                self._turn.release()
-            if self._jobs:
-                self._run_jobs()
+                self._give_turn()
             if follows:
                 return
         rows = run.take(token_ids)  # first: its position was forwarded even if packing it fails
@@ -334,13 +332,11 @@ class Tap:
             write = partial(self._write_device, experts, weights, token_ids, rows, stream)
         else:
             write = partial(self._write, experts, weights, token_ids, rows, next_step)
-        if not self._jobs and self._turn.acquire(blocking=False):
+        if self._take_turn():
             try:
                 self._guard(write)
             finally:
-                self._turn.release()
-            if self._jobs:
-                self._run_jobs()
+                self._give_turn()
         elif not at_once and len(self._jobs) < MAX_WAITING_STEPS:
             self._submit(write)
         else:
@@ -357,7 +353,7 @@ class Tap:
         """
         if self._jobs:
             self._run_jobs()
-        held = not self._jobs and self._turn.acquire(blocking=False)
+        held = self._take_turn()
         before = mailbox.replays
         try:
             if post is not None and self.active:
@@ -374,9 +370,7 @@ class Tap:
             raise
         finally:
             if held:
-                self._turn.release()
-            if self._jobs:
-                self._run_jobs()
+                self._give_turn()
 
     def _retract(self, mailbox: Mailbox) -> None:
         stream = torch.cuda.current_stream(mailbox.device).cuda_stream
@@ -474,8 +468,18 @@ class Tap:
                 self.writer.set_batch(spans)
             self._batch = spans
 
+    def _take_turn(self) -> bool:
+        """Be the one who publishes, if nobody is and nothing waits: never wait for it."""
+        return not self._jobs and self._turn.acquire(blocking=False)
+
+    def _give_turn(self) -> None:
+        """Let others publish, and do what they have left meanwhile."""
+        self._turn.release()
+        if self._jobs:
+            self._run_jobs()
+
     def _submit(self, job: Callable[[], None]) -> None:
-        """Run the job, or leave it to the thread that is just running others: never wait for it."""
+        """Run the job, or leave it to the thread that has the turn: never wait for it."""
         self._jobs.append(job)
         self._run_jobs()
 

@@ -7,7 +7,8 @@ use crate::layout::{Facts, Header, MIN_ARENA_BYTES, Producer, READERS, entry, re
 use crate::memory::{Mapped, Memory};
 use crate::process;
 use crate::reader::{Mode, Reader};
-use crate::writer::{DeviceRows, GraphRows, OnFull, Published, Writer, now_ns};
+use crate::rows::{DeviceRows, GraphRows};
+use crate::writer::{OnFull, Published, Writer, now_ns};
 use rustix::fs::{self as sys, Mode as Permissions, OFlags};
 use rustix::io::{Errno, retry_on_intr};
 use std::ops::{Deref, DerefMut};

@@ -55,6 +55,7 @@ pub mod posts;
 mod posts;
 mod process;
 mod reader;
+mod rows;
 mod writer;
 
 pub use arena::{Publisher, open};
@@ -67,4 +68,5 @@ pub use memory::{Mapped, Memory};
 pub use posts::ENTRIES;
 pub use process::is_alive;
 pub use reader::{Mode, Reader, Record, Step};
-pub use writer::{DeviceRows, GraphRows, OnFull, Published, Rows, Source, Writer};
+pub use rows::{DeviceRows, GraphRows, Rows, Source};
+pub use writer::{OnFull, Published, Writer};

@@ -9,7 +9,7 @@ use super::driver::{Driver, Handle};
 use crate::error::{Error, Result};
 use crate::memory::Mapped;
 use crate::posts::{ENTRIES, ENTRY_WORDS, Post, Posts, words};
-use crate::writer::Landing;
+use crate::rows::Landing;
 use rustix::fs::{self as sys, MemfdFlags};
 use std::ffi::{c_int, c_uint};
 use std::path::Path;

@@ -22,7 +22,7 @@ mod mailbox;
 
 use crate::error::{Error, Result};
 use crate::memory::{Mapped, Memory};
-use crate::writer::Landing;
+use crate::rows::Landing;
 use driver::{Driver, Handle};
 use events::{EVENT_PERIOD, Watcher};
 pub(crate) use mailbox::ByPost;
