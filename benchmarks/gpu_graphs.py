@@ -95,7 +95,7 @@ class Step:
 def make_tap(rows: int, way: str, capture: str) -> Tap:
     os.environ["EXPERT_LENS_PUBLISHER"] = way
     room = (1 << 24) + 2 * STEPS * rows * LAYERS * TOP_K  # a block of steps that the CPU launches ahead
-    return Tap(Writer(capture, **FACTS, arena_bytes=room), **FACTS)
+    return Tap(Writer(capture, **FACTS, kv_slots=rows, arena_bytes=room), **FACTS)
 
 
 def lens(rows: int, way: str) -> tuple[Callable[[], None], Tap]:

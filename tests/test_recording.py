@@ -128,7 +128,7 @@ def test_a_killed_recorder_has_a_successor_without_gap_or_duplicate(tmp_path: Pa
         thread.join()
     with Recording("served", tmp_path / "run") as last:
         assert last.stats["skipped_records"] == 0
-        assert list((tmp_path / "run").glob(".*")) == []
+    assert list((tmp_path / "run").glob(".*")) == []
     check(tmp_path / "run", {"a": range(published), "b": range(published)})
     writer.close()
 

@@ -98,6 +98,7 @@ class Writer:
         top_k: int,
         rank: int = 0,
         weights: bool = False,
+        kv_slots: int = 0,
         arena_bytes: int = 268435456,
         on_full: Literal["drop", "wait"] = "drop",
         wait_timeout: float = 1.0,
@@ -118,9 +119,12 @@ class Writer:
         token_ids: npt.NDArray[np.uint32] | None,
         positions: npt.NDArray[np.uint32],
         weights: npt.NDArray[np.float16] | None = None,
+        *,
+        kv_slots: npt.NDArray[np.uint32] | None = None,
     ) -> bool:
         """Publish one step: experts [n, L, K], u8 if the model has at most 256 experts, else u16; token_ids
-        [n] or None; positions [n]; weights [n, L, K] if the writer was made with weights. C-contiguous.
+        [n] or None; positions [n]; weights [n, L, K] if the writer was made with weights; kv_slots [n], below what the
+        writer was made for, where the engine's cache has such. C-contiguous.
 
         Returns False if any of the step's rows had to be dropped (they are counted). Never blocks unless
         on_full="wait". Raises ValueError when shapes or dtypes are not these, or the batch's spans end past n.
@@ -155,6 +159,27 @@ class Writer:
         gave to that stream, also if it was freed there since. The stream must not be in a capture.
 
         Returns as `publish`. Raises CudaError when the driver refuses; nothing more is published then.
+        """
+
+    def drop_step(self, num_rows: int) -> None:
+        """A forward of so many rows that are not published: they count as dropped, and readers know of it."""
+
+    def publish_prefix(
+        self,
+        spans: Sequence[Span],
+        kv_slots: npt.NDArray[np.uint32] | int,
+        *,
+        device: int | None = None,
+        stream: int = 0,
+    ) -> bool:
+        """Publish where in the engine's cache the beginnings of requests stand that it does not compute again.
+
+        Row i of a span is position i of its request. Readers that saw these slots filled know their rows; others are
+        missing.
+
+        kv_slots: [n]; or with `device` the address of u32 [n] there, as in `publish_device` on that raw stream.
+
+        Returns as `publish`. Raises OptionError as `set_batch`, and when there are not n of them.
         """
 
     def mailbox(self, device: int, table: Sequence[int]) -> Mailbox | None:

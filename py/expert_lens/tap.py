@@ -34,6 +34,8 @@ __all__ = ["DecodeRun", "Rows", "Step", "Tap"]
 
 MAX_WAITING_STEPS = 64
 """Steps that wait at most while another thread publishes; further ones are lost, and counted."""
+MAX_WAITING_JOBS = 4096
+"""As many small things, such as the end of a request, wait before rows that are lost are told late."""
 CLOSE_TIMEOUT = 5.0
 """Seconds that `close` waits for a thread that is publishing; then it leaves that thread to close."""
 
@@ -130,7 +132,7 @@ class Tap:
         self.error: Exception | None = None
         """Why the capture switched itself off; None while all is well."""
         self.lost_tokens = 0
-        """Rows lost because MAX_WAITING_STEPS steps waited for another thread that was publishing."""
+        """Rows lost while another thread was publishing that the writer has not heard of yet: see `lose`."""
         self._dtype = torch.uint8 if num_experts <= 256 else torch.int16
         self._narrow = num_experts not in (256, 65536)
         self._checked = False
@@ -340,7 +342,7 @@ class Tap:
         elif not at_once and len(self._jobs) < MAX_WAITING_STEPS:
             self._submit(write)
         else:
-            self.lost_tokens += len(experts)
+            self.lose(len(experts))
 
     def launch(
         self, mailbox: Mailbox, replay: Callable[[], Any], post: Callable[[], Any] | None, num_rows: int
@@ -351,8 +353,6 @@ class Tap:
         another thread, as `publish` can: if one is just publishing, the rows are lost and counted. What `replay` raises
         is passed on; the rows are then all there or, if the replay did not run, void; they count as dropped.
         """
-        if self._jobs:
-            self._run_jobs()
         held = self._take_turn()
         before = mailbox.replays
         try:
@@ -360,7 +360,7 @@ class Tap:
                 if held:
                     self._guard(post)
                 else:
-                    self.lost_tokens += num_rows
+                    self.lose(num_rows)
             if mailbox.replays == before:
                 mailbox.pass_over()
             replay()
@@ -384,6 +384,13 @@ class Tap:
             work()
         except Exception as error:
             self.fail(error)
+
+    def lose(self, num_rows: int) -> None:
+        """Rows of a forward that cannot be published: the writer counts them as dropped, in their place."""
+        if len(self._jobs) < MAX_WAITING_JOBS:
+            self._submit(partial(self.writer.drop_step, num_rows))
+        else:
+            self.lost_tokens += num_rows
 
     def finish(self, number: int, request: str, num_positions: int, state: Literal["finished", "aborted"]) -> None:
         """State that a request has ended, after all that was published before."""
@@ -462,6 +469,9 @@ class Tap:
 
     def set_batch(self, spans: Sequence[Span]) -> None:
         """State whose rows the next record holds, unless the last one did; for who has the turn."""
+        if self.lost_tokens:
+            lost, self.lost_tokens = self.lost_tokens, 0
+            self.writer.drop_step(lost)
         self._next = None
         if spans is not self._batch:
             if spans != self._batch:
@@ -469,7 +479,9 @@ class Tap:
             self._batch = spans
 
     def _take_turn(self) -> bool:
-        """Be the one who publishes, if nobody is and nothing waits: never wait for it."""
+        """Be the one who publishes, behind what others have left, unless somebody is: never wait for it."""
+        if self._jobs:
+            self._run_jobs()
         return not self._jobs and self._turn.acquire(blocking=False)
 
     def _give_turn(self) -> None:

@@ -102,6 +102,8 @@ class CollectorStats(TypedDict):
     """Rows of no request (beam search, say): counted, not kept."""
     unkept_tokens: int
     """Rows that came for requests which had made room by then."""
+    unslotted_tokens: int
+    """Rows whose KV slot lay past what the memory holds: requests that begin with them from the cache lack them."""
     missing_tokens: int
     """Positions, of the requests that are held, whose row is missing."""
     evicted_requests: int

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from expert_lens.errors import UnsupportedModelError
-from expert_lens.tap import MAX_WAITING_STEPS, Rows, Step, Tap
+from expert_lens.tap import MAX_WAITING_JOBS, MAX_WAITING_STEPS, Rows, Step, Tap
 
 
 class NotingWriter:
@@ -27,6 +27,9 @@ class NotingWriter:
     def publish(self, experts: Any, token_ids: Any, positions: Any, weights: Any = None) -> bool:
         self.calls.append(("publish", experts, token_ids, positions, weights))
         return False  # dropped: nothing else may happen
+
+    def drop_step(self, num_rows: int) -> None:
+        self.calls.append(("drop", num_rows))
 
     def finish(self, number: int, request: str, num_positions: int, state: str = "finished") -> None:
         self.calls.append(("finish", number, request, num_positions, state))
@@ -225,8 +228,9 @@ def test_a_thread_that_finds_another_one_publishing_does_not_wait() -> None:
     tap.finish(2, "mine", 3, "finished")
     go_on.set()
     other.join()
-    assert tap.lost_tokens == 5 * 3
-    assert writer.names == [*["set_batch", "publish"] * (1 + MAX_WAITING_STEPS), "finish"]
+    assert writer.names == [*["set_batch", "publish"] * (1 + MAX_WAITING_STEPS), *["drop"] * 5, "finish"]
+    assert {call for call in writer.calls if call[0] == "drop"} == {("drop", 3)}
+    assert tap.lost_tokens == 0
     owners = [call[1][0][1] for call in writer.calls if call[0] == "set_batch"]
     assert owners == ["other", *["mine"] * MAX_WAITING_STEPS], "spans and rows of two threads were mixed"
 
@@ -248,10 +252,10 @@ def test_many_threads_never_mix_spans_and_rows() -> None:
     for call in writer.calls:
         if call[0] == "set_batch":
             current = call[1][0][0]
-        else:
+        elif call[0] == "publish":
             published += 1
             assert call[3].tolist() == [current] * 3
-    assert published + tap.lost_tokens // 3 == 800
+    assert published + writer.names.count("drop") + tap.lost_tokens // 3 == 800
 
 
 def test_closing_comes_after_what_was_published() -> None:
@@ -347,5 +351,19 @@ def test_rows_of_a_replay_are_lost_and_counted_while_another_thread_publishes(
     tap, writer, mailbox = launching
     with tap._turn:
         tap.launch(mailbox, lambda: writer.calls.append(("launch",)), mailbox.post, 4)
-    assert writer.names == ["pass over", "launch"]
-    assert tap.lost_tokens == 4
+        tap.finish(1, "a", 5, "finished")
+        assert writer.names == ["pass over", "launch"]
+    tap.finish(2, "b", 5, "finished")
+    assert writer.names == ["pass over", "launch", "drop", "finish", "finish"]
+
+
+def test_rows_that_are_lost_while_very_much_waits_are_told_with_the_next_step() -> None:
+    tap, writer = make_tap()
+    with tap._turn:
+        for _ in range(MAX_WAITING_JOBS):
+            tap.finish(1, "a", 5, "finished")
+        tap.lose(7)
+    assert tap.lost_tokens == 7
+    tap.publish(*tap.pack(held(tap, FIRST, SECOND), 3), rows(3))
+    assert writer.names[MAX_WAITING_JOBS:] == ["drop", "set_batch", "publish"]
+    assert tap.lost_tokens == 0

@@ -15,7 +15,7 @@ from expert_lens.tap import Tap
 def make_tap(capture: str, num_experts: int = 128, *, layers: int = L, top_k: int = K, **options: Any) -> Tap:
     weights = options.pop("weights", False)
     facts: dict[str, Any] = {"layers": list(range(layers)), "num_experts": num_experts, "top_k": top_k}
-    return Tap(Writer(capture, **facts, weights=weights, **options), **facts, weights=weights)
+    return Tap(Writer(capture, **facts, weights=weights, kv_slots=1 << 20, **options), **facts, weights=weights)
 
 
 class GraphForward:

@@ -7,7 +7,7 @@ use crate::layout::{Facts, Header, MIN_ARENA_BYTES, Producer, READERS, entry, re
 use crate::memory::{Mapped, Memory};
 use crate::process;
 use crate::reader::{Mode, Reader};
-use crate::rows::{DeviceRows, GraphRows};
+use crate::rows::{DeviceRows, GraphRows, Prefix};
 use crate::writer::{OnFull, Published, Writer, now_ns};
 use rustix::fs::{self as sys, Mode as Permissions, OFlags};
 use rustix::io::{Errno, retry_on_intr};
@@ -97,6 +97,20 @@ impl Publisher {
         self.pinned()?;
         let pinned = self.pinned.as_mut().expect("made above");
         self.writer.publish_device(rows, &mut pinned.landing(device, stream)?)
+    }
+
+    /// Publish where the beginnings of requests stand in the engine's cache, which a device says: as
+    /// [`Writer::publish_prefix`], on that raw stream.
+    ///
+    /// # Errors
+    /// As [`Writer::publish_prefix`]; and [`Error::Cuda`] when the driver refuses.
+    ///
+    /// # Safety
+    /// As [`Publisher::publish_device`].
+    pub unsafe fn publish_prefix_device(&mut self, prefix: &Prefix<'_>, device: i32, stream: u64) -> Result<Published> {
+        self.pinned()?;
+        let pinned = self.pinned.as_mut().expect("made above");
+        self.writer.publish_prefix_by(prefix, Some(&mut pinned.landing(device, stream)?))
     }
 
     /// Make a mailbox for a CUDA graph of that device, before or while it is captured; `table` (addresses of device

@@ -41,6 +41,7 @@ pub(crate) mod word {
     pub const PID: usize = 9;
     pub const START_TIME: usize = 10;
     pub const CREATED: usize = 11;
+    pub const KV_SLOTS: usize = 12;
     pub const ENGINE: usize = 16;
     pub const ENGINE_VERSION: usize = 24;
     pub const MODEL: usize = 32;
@@ -87,7 +88,7 @@ pub(crate) mod descriptor {
     /// Position of the payload in words since the arena began.
     pub const POSITION: usize = 4;
     pub const PAYLOAD_WORDS: usize = 5;
-    /// Index of the record that holds the spans.
+    /// How many records back the spans are, and above that the records dropped so far: see [`super::Descriptor`].
     pub const BATCH: usize = 6;
     /// Rows of all records before this one.
     pub const ROWS_BEFORE: usize = 7;
@@ -103,6 +104,8 @@ pub enum Kind {
     Event = 2,
     /// Nothing: space of a step whose forward failed after the space was taken.
     Void = 3,
+    /// Where in the engine's cache the beginnings of requests stand, which are not computed again.
+    Prefix = 4,
 }
 
 /// Sections of a step's payload, in this order; each begins on a word.
@@ -149,26 +152,31 @@ pub struct Descriptor {
     pub batch: u64,
     /// Rows in all records before this one.
     pub rows_before: u64,
+    /// Records of rows that were dropped before this one, modulo 2^32.
+    pub dropped_before: u32,
 }
 
 impl Descriptor {
-    pub(crate) fn store(&self, memory: &impl Memory, at: usize) {
+    /// Store the descriptor of record `index`, but for its sequence number.
+    pub(crate) fn store(&self, memory: &impl Memory, at: usize, index: u64) {
         memory.store(at + descriptor::WHAT, what_word(self.kind, self.sections, self.rows), Relaxed);
         memory.store(at + descriptor::STEP, self.step, Relaxed);
         memory.store(at + descriptor::TIME, self.time_ns, Relaxed);
         memory.store(at + descriptor::POSITION, self.position, Relaxed);
         memory.store(at + descriptor::PAYLOAD_WORDS, self.payload_words, Relaxed);
-        memory.store(at + descriptor::BATCH, self.batch, Relaxed);
+        let back = u64::from(self.dropped_before) << 32 | (index - self.batch);
+        memory.store(at + descriptor::BATCH, back, Relaxed);
         memory.store(at + descriptor::ROWS_BEFORE, self.rows_before, Relaxed);
     }
 
-    /// Decode the words of a descriptor; what they say is not yet checked against the arena.
-    pub(crate) fn decode(words: &[u64; descriptor::WORDS]) -> Result<Self> {
+    /// Decode the words of the descriptor of record `index`; what they say is not yet checked against the arena.
+    pub(crate) fn decode(words: &[u64; descriptor::WORDS], index: u64) -> Result<Self> {
         let what = words[descriptor::WHAT];
         let kind = match what & 0xffff {
             1 => Kind::Step,
             2 => Kind::Event,
             3 => Kind::Void,
+            4 => Kind::Prefix,
             other => return Err(Error::corrupt(format!("a record of unknown kind {other}"))),
         };
         Ok(Self {
@@ -179,8 +187,11 @@ impl Descriptor {
             time_ns: words[descriptor::TIME],
             position: words[descriptor::POSITION],
             payload_words: words[descriptor::PAYLOAD_WORDS],
-            batch: words[descriptor::BATCH],
+            batch: index
+                .checked_sub(words[descriptor::BATCH] & 0xffff_ffff)
+                .ok_or_else(|| Error::corrupt(format!("record {index} with a batch before the first record")))?,
             rows_before: words[descriptor::ROWS_BEFORE],
+            dropped_before: (words[descriptor::BATCH] >> 32) as u32,
         })
     }
 }
@@ -196,6 +207,8 @@ pub struct Facts {
     pub top_k: u32,
     /// Whether router weights are published.
     pub weights: bool,
+    /// KV slots of the engine's cache; 0 where rows do not tell theirs.
+    pub kv_slots: u32,
     /// Which of the capture's publishers this is.
     pub rank: u32,
     /// The engine's name.
@@ -383,6 +396,7 @@ impl Header {
         put(word::EXPERTS, u64::from(facts.num_experts));
         put(word::TOP_K, u64::from(facts.top_k));
         put(word::WEIGHTS, u64::from(facts.weights));
+        put(word::KV_SLOTS, u64::from(facts.kv_slots));
         put(word::RANK, u64::from(facts.rank));
         put(word::PID, u64::from(producer.pid));
         put(word::START_TIME, producer.start_time);
@@ -432,6 +446,7 @@ impl Header {
             num_experts: narrow("the number of experts", word::EXPERTS)?,
             top_k: narrow("top-k", word::TOP_K)?,
             weights: get(word::WEIGHTS) != 0,
+            kv_slots: narrow("the number of KV slots", word::KV_SLOTS)?,
             rank: narrow("the rank", word::RANK)?,
             engine: load_text(memory, word::ENGINE, 8)?,
             engine_version: load_text(memory, word::ENGINE_VERSION, 8)?,

@@ -67,6 +67,6 @@ pub use layout::{Facts, Header, LAYOUT_VERSION, MAX_EXPERTS, MAX_ID_BYTES, MAX_L
 pub use memory::{Mapped, Memory};
 pub use posts::ENTRIES;
 pub use process::is_alive;
-pub use reader::{Mode, Reader, Record, Step};
-pub use rows::{DeviceRows, GraphRows, Rows, Source};
+pub use reader::{CachedPrefix, Mode, Reader, Record, Step};
+pub use rows::{DeviceRows, GraphRows, Prefix, Rows, Source};
 pub use writer::{OnFull, Published, Writer};

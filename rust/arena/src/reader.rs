@@ -25,6 +25,19 @@ pub enum Record<'a> {
     Step(Step<'a>),
     /// The end of a request.
     End(End),
+    /// Beginnings of requests that the engine has in its cache.
+    Prefix(CachedPrefix<'a>),
+}
+
+/// Beginnings of requests that the engine has in its cache, and does not compute again.
+#[derive(Debug)]
+pub struct CachedPrefix<'a> {
+    /// Whose: row `i` of a span is position `i` of its request.
+    pub spans: Vec<Span>,
+    /// Where they stand in the engine's cache [n].
+    pub kv_slots: &'a [u32],
+    /// As in [`Step`].
+    pub after_gap: bool,
 }
 
 /// Rows of a forward, or of a part of it.
@@ -49,6 +62,9 @@ pub struct Step<'a> {
     /// The batch that the rows belong to; its identity stays the same until the batch changes. None: the record that
     /// held it was gone before this reader came.
     pub batch: Option<&'a Arc<[Span]>>,
+    /// Whether rows may have been written into the engine's cache since the last record read that no record tells of:
+    /// records were lost, dropped or void. What was known of the cache is no longer sure then.
+    pub after_gap: bool,
 }
 
 /// A reader of one arena.
@@ -65,6 +81,9 @@ pub struct Reader<M: Memory> {
     rows_seen: u64,
     lost_records: u64,
     lost_rows: u64,
+    /// Records dropped before the last one read, modulo 2^32.
+    dropped_before: u32,
+    after_gap: bool,
     time_ns: u64,
     /// Ring position after the last record read, and after the last one released.
     position: u64,
@@ -117,6 +136,8 @@ impl<M: Memory> Reader<M> {
             rows_seen: 0,
             lost_records: 0,
             lost_rows: 0,
+            dropped_before: 0,
+            after_gap: false,
             time_ns: 0,
             position: 0,
             released: 0,
@@ -228,6 +249,7 @@ impl<M: Memory> Reader<M> {
         let oldest = self.tail().max(held);
         self.cursor = index.clamp(oldest, self.head().max(oldest));
         self.started = false;
+        self.after_gap = true;
         self.batch = None;
         self.release(self.cursor);
     }
@@ -268,10 +290,24 @@ impl<M: Memory> Reader<M> {
             return Ok(None);
         };
         self.time_ns = what.time_ns;
+        // Told with the next rows or prefix that can be read; one that contradicts itself is a gap of its own.
+        let after_gap = std::mem::replace(&mut self.after_gap, true);
         let payload = bytemuck::must_cast_slice::<u64, u8>(&self.payload);
         match what.kind {
-            Kind::Event => Ok(Some(Record::End(decode_end(payload)?))),
+            Kind::Event => {
+                self.after_gap = after_gap;
+                Ok(Some(Record::End(decode_end(payload)?)))
+            }
             Kind::Void => Ok(None),
+            Kind::Prefix => {
+                let (spans, length) = decode_spans(payload, what.rows)?;
+                let kv_slots = payload.get(length..length + what.rows as usize * 4);
+                let kv_slots = kv_slots.ok_or_else(|| Error::corrupt("sections longer than their record"))?;
+                let kv_slots = bytemuck::cast_slice(kv_slots);
+                check_slots(kv_slots, &self.header.facts)?;
+                self.after_gap = false;
+                Ok(Some(Record::Prefix(CachedPrefix { spans, kv_slots, after_gap })))
+            }
             Kind::Step => {
                 let mut at = 0;
                 if what.sections & section::SPANS != 0 {
@@ -282,7 +318,9 @@ impl<M: Memory> Reader<M> {
                     self.batch = self.fetch_batch(what.batch).map(|spans| (what.batch, spans.into()));
                 }
                 let payload = bytemuck::must_cast_slice::<u64, u8>(&self.payload);
-                let step = Step::decode(&self.header.facts, &what, &payload[at..], self.batch.as_ref().map(|b| &b.1))?;
+                let batch = self.batch.as_ref().map(|(_, spans)| spans);
+                let step = Step::decode(&self.header.facts, &what, &payload[at..], batch, after_gap)?;
+                self.after_gap = false;
                 Ok(Some(Record::Step(step)))
             }
         }
@@ -290,12 +328,14 @@ impl<M: Memory> Reader<M> {
 
     /// Copy the next record's payload out and move past it; lapped, go on at the oldest record that is still there.
     fn take(&mut self) -> Result<Option<Descriptor>> {
+        let mut lapped = false;
         for _ in 0..MAX_LAPS {
             if self.broken {
                 return Ok(None);
             }
             let oldest = self.oldest(word::TAIL)?;
             if self.cursor < oldest {
+                lapped = true;
                 if self.started {
                     self.lost_records = self.lost_records.saturating_add(oldest - self.cursor);
                 }
@@ -310,12 +350,16 @@ impl<M: Memory> Reader<M> {
                 Read::Gone => {}
                 Read::There(what) => {
                     self.cursor += 1;
-                    let what = what?;
+                    // A record that contradicts itself may have told of rows, too.
+                    let what = what.inspect_err(|_| self.after_gap = true)?;
                     let end = what.position.saturating_add(what.payload_words);
                     if !self.started {
                         self.released = what.position;
                     }
                     self.position = end.max(self.released);
+                    self.after_gap |= lapped || what.kind == Kind::Void;
+                    self.after_gap |= self.started && what.dropped_before != self.dropped_before;
+                    self.dropped_before = what.dropped_before;
                     if self.started {
                         let lost = what.rows_before.saturating_sub(self.rows_seen);
                         self.lost_rows = self.lost_rows.saturating_add(lost);
@@ -361,7 +405,7 @@ impl<M: Memory> Reader<M> {
         if !self.still_there(index) {
             return Read::Gone;
         }
-        let what = match Descriptor::decode(&words).and_then(|what| self.check(what)) {
+        let what = match Descriptor::decode(&words, index).and_then(|what| self.check(what)) {
             Ok(what) => what,
             Err(error) => return Read::There(Err(error)),
         };
@@ -390,6 +434,11 @@ impl<M: Memory> Reader<M> {
             Kind::Step => None,
             Kind::Event => Some(2),
             Kind::Void => Some(0),
+            Kind::Prefix if what.sections == section::SPANS | section::KV_SLOTS => {
+                let rows = (u64::from(what.rows) <= ring * 8).then_some(what.rows as usize);
+                rows.map(|rows| self.header.facts.section_words(section::KV_SLOTS, rows) as u64)
+            }
+            Kind::Prefix => None,
         };
         if fits && needed.is_some_and(|needed| needed <= what.payload_words) {
             Ok(what)
@@ -439,7 +488,13 @@ enum Read {
 
 impl<'a> Step<'a> {
     /// Cut a payload into its sections, and check what later code relies on: ids below E, spans within the rows.
-    fn decode(facts: &Facts, what: &Descriptor, payload: &'a [u8], batch: Option<&'a Arc<[Span]>>) -> Result<Self> {
+    fn decode(
+        facts: &Facts,
+        what: &Descriptor,
+        payload: &'a [u8],
+        batch: Option<&'a Arc<[Span]>>,
+        after_gap: bool,
+    ) -> Result<Self> {
         let n = what.rows as usize;
         let mut rest = payload;
         let mut cut = |mask: u16, bytes: usize| -> Result<Option<&'a [u8]>> {
@@ -460,6 +515,8 @@ impl<'a> Step<'a> {
             return Err(Error::corrupt("router weights in a step, or in the header, but not in both"));
         }
         check_ids(experts, facts)?;
+        let kv_slots = kv_slots.map(bytemuck::cast_slice);
+        check_slots(kv_slots.unwrap_or(&[]), facts)?;
         if let Some(span) = batch.and_then(|spans| spans.last())
             && u64::from(span.first_row) + u64::from(span.rows) > n as u64
         {
@@ -472,10 +529,20 @@ impl<'a> Step<'a> {
             experts,
             token_ids: token_ids.map(bytemuck::cast_slice),
             positions: bytemuck::cast_slice(positions),
-            kv_slots: kv_slots.map(bytemuck::cast_slice),
+            kv_slots,
             weights: weights.map(bytemuck::cast_slice),
             batch,
+            after_gap,
         })
+    }
+}
+
+fn check_slots(kv_slots: &[u32], facts: &Facts) -> Result<()> {
+    match kv_slots.iter().max() {
+        Some(&slot) if slot >= facts.kv_slots => {
+            Err(Error::corrupt(format!("KV slot {slot} of an engine with {}", facts.kv_slots)))
+        }
+        _ => Ok(()),
     }
 }
 

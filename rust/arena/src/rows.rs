@@ -1,5 +1,6 @@
 //! The rows of a forward, wherever their sections are: in this process, on a device, or still to be written by a graph.
 
+use crate::batch::Span;
 use crate::error::Result;
 use crate::layout::{Facts, section};
 use std::ops::Range;
@@ -49,6 +50,15 @@ pub struct GraphRows<'a> {
     pub kv_slots: bool,
 }
 
+/// Where in the engine's cache the beginnings of requests stand.
+#[derive(Clone, Copy, Debug)]
+pub struct Prefix<'a> {
+    /// Whose: row `i` of a span is position `i` of its request.
+    pub spans: &'a [Span],
+    /// KV slots u32 [n] in native byte order, on the device or on the host.
+    pub kv_slots: Source<'a>,
+}
+
 /// Where the bytes of a section are.
 #[derive(Clone, Copy, Debug)]
 pub enum Source<'a> {
@@ -95,6 +105,11 @@ impl<'a> Sections<'a> {
             (section::KV_SLOTS, self.kv_slots, 4),
             (section::WEIGHTS, self.weights, facts.ids_per_row() * 2),
         ]
+    }
+
+    /// Those that there are, in that order.
+    pub fn present(&self, facts: &Facts) -> impl Iterator<Item = Source<'a>> + use<'a> {
+        self.in_order(facts).into_iter().filter_map(|(_, source, _)| source)
     }
 
     /// Which of them there are.

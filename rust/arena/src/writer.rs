@@ -4,7 +4,7 @@ use crate::batch::{End, Span, encode_end, encode_spans};
 use crate::error::{Error, Result};
 use crate::layout::{Descriptor, Facts, Header, Kind, descriptor, entry, reader_entry, section, what_word, word};
 use crate::memory::Memory;
-use crate::rows::{DeviceRows, GraphRows, Landing, Rows, Sections, Source};
+use crate::rows::{DeviceRows, GraphRows, Landing, Prefix, Rows, Sections, Source};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
@@ -211,8 +211,8 @@ impl<M: Memory> Writer<M> {
         self.publish_sections(n, &sections, Some(landing))
     }
 
-    /// A forward whose rows cannot be published.
-    pub(crate) fn drop_step(&mut self, rows: usize) -> Published {
+    /// A forward whose rows are not published: they count as dropped, and readers know that there were some.
+    pub fn drop_step(&mut self, rows: usize) -> Published {
         self.begin_step();
         self.count_dropped_record();
         self.count_dropped_rows(rows);
@@ -338,6 +338,7 @@ impl<M: Memory> Writer<M> {
         expect("positions", rows.positions.len() / 4, n)?;
         if let Some(kv_slots) = rows.kv_slots {
             expect("KV slots", kv_slots.len() / 4, n)?;
+            self.check_has_slots()?;
         }
         let weights = if self.facts().weights { n * self.facts().ids_per_row() } else { 0 };
         expect("router weights", rows.weights.map_or(0, |weights| weights.len() / 2), weights)?;
@@ -348,6 +349,13 @@ impl<M: Memory> Writer<M> {
             )));
         }
         Ok(())
+    }
+
+    fn check_has_slots(&self) -> Result<()> {
+        match self.facts().kv_slots {
+            0 => Err(Error::invalid("KV slots, and the arena was made for an engine without; state how many it has")),
+            _ => Ok(()),
+        }
     }
 
     /// Publish a step as one record; gives the rows published.
@@ -407,20 +415,8 @@ impl<M: Memory> Writer<M> {
             self.count_dropped_record();
             return Ok(None);
         };
-        let mut put = |source: Source<'_>| {
-            match (source, &mut landing) {
-                (Source::Host(bytes), _) => self.memory.write_bytes(at, bytes),
-                (Source::Device(address, len), Some(landing)) => landing.copy(at, address, len)?,
-                (Source::Device(..), None) => unreachable!("who gives such gives a landing"),
-            }
-            at += source.len().div_ceil(8);
-            Ok::<_, Error>(())
-        };
-        if let Some(spans) = spans {
-            put(Source::Host(spans))?;
-        }
-        for (_, source, _) in rows.in_order(&self.header.facts) {
-            source.map_or(Ok(()), &mut put)?;
+        for source in spans.map(Source::Host).into_iter().chain(rows.present(self.facts())) {
+            at = self.put(at, source, &mut landing)?;
         }
         let batch = if spans.is_some() { index } else { self.batch_record.unwrap_or(index) };
         let rows_before = self.rows_before;
@@ -435,16 +431,83 @@ impl<M: Memory> Writer<M> {
             payload_words: words as u64,
             batch,
             rows_before,
+            dropped_before: self.dropped_records as u32,
         };
-        match landing {
-            None => self.commit(&described),
-            Some(landing) => {
-                let at = self.header.geometry.descriptor(index);
-                described.store(&*self.memory, at);
-                landing.publish(at + descriptor::SEQUENCE, index + 1)?;
-            }
-        }
+        self.commit_or_land(&described, landing)?;
         Ok(Some(index))
+    }
+
+    /// Publish where in the engine's cache the beginnings of requests stand, which are not computed again: readers that saw
+    /// these slots filled know their rows. Before the step that goes on with them.
+    ///
+    /// # Errors
+    /// Spans that overlap, or with ids longer than [`crate::layout::MAX_ID_BYTES`]; as many KV slots as the spans have rows
+    /// are needed. Nothing is published then.
+    pub fn publish_prefix(&mut self, prefix: &Prefix<'_>) -> Result<Published> {
+        self.publish_prefix_by(prefix, None)
+    }
+
+    /// The same, with `landing` for KV slots that a device holds.
+    pub(crate) fn publish_prefix_by(
+        &mut self,
+        prefix: &Prefix<'_>,
+        mut landing: Option<&mut (dyn Landing + '_)>,
+    ) -> Result<Published> {
+        let n = prefix.spans.last().map_or(0, |span| (span.first_row + span.rows) as usize);
+        let mut spans = Vec::new();
+        encode_spans(prefix.spans, &mut spans)?;
+        if prefix.kv_slots.len() != n * 4 {
+            return Err(Error::invalid(format!("{} KV slots, and {n} rows need {n}", prefix.kv_slots.len() / 4)));
+        }
+        self.check_has_slots()?;
+        self.deadline = None;
+        self.publish_pending();
+        let sections = section::SPANS | section::KV_SLOTS;
+        let words = spans.len() / 8 + self.facts().section_words(sections, n);
+        let fits = words <= self.header.geometry.ring_words / PARTS_PER_RING;
+        let Some(Reservation { index, mut at, position }) = fits.then(|| self.reserve(words)).flatten() else {
+            self.count_dropped_record();
+            self.count_dropped_rows(n);
+            return Ok(Published { rows: 0, dropped: n });
+        };
+        for source in [Source::Host(&spans), prefix.kv_slots] {
+            at = self.put(at, source, &mut landing)?;
+        }
+        let described = Descriptor {
+            kind: Kind::Prefix,
+            sections,
+            rows: n as u32,
+            step: self.steps,
+            time_ns: now_ns(),
+            position,
+            payload_words: words as u64,
+            batch: index,
+            rows_before: self.rows_before,
+            dropped_before: self.dropped_records as u32,
+        };
+        self.commit_or_land(&described, landing)?;
+        Ok(Published { rows: n, dropped: 0 })
+    }
+
+    /// Write a section at word `at`, or have it brought there; gives the word behind it.
+    fn put(&self, at: usize, source: Source<'_>, landing: &mut Option<&mut (dyn Landing + '_)>) -> Result<usize> {
+        match (source, landing) {
+            (Source::Host(bytes), _) => self.memory.write_bytes(at, bytes),
+            (Source::Device(address, len), Some(landing)) => landing.copy(at, address, len)?,
+            (Source::Device(..), None) => unreachable!("who gives such gives a landing"),
+        }
+        Ok(at + source.len().div_ceil(8))
+    }
+
+    fn commit_or_land(&mut self, what: &Descriptor, landing: Option<&mut (dyn Landing + '_)>) -> Result<()> {
+        let Some(landing) = landing else {
+            self.commit(what);
+            return Ok(());
+        };
+        let index = self.head - 1;
+        let at = self.header.geometry.descriptor(index);
+        what.store(&*self.memory, at, index);
+        landing.publish(at + descriptor::SEQUENCE, index + 1)
     }
 
     fn publish_pending(&mut self) {
@@ -465,6 +528,7 @@ impl<M: Memory> Writer<M> {
                 payload_words: words as u64,
                 batch: index,
                 rows_before: self.rows_before,
+                dropped_before: self.dropped_records as u32,
             });
         }
     }
@@ -502,7 +566,7 @@ impl<M: Memory> Writer<M> {
     fn commit(&mut self, what: &Descriptor) {
         let index = self.head - 1;
         let at = self.header.geometry.descriptor(index);
-        what.store(&*self.memory, at);
+        what.store(&*self.memory, at, index);
         // Pairs with the acquire load of the same word in `Reader::poll`: payload and descriptor come before it.
         self.memory.store(at + descriptor::SEQUENCE, index + 1, Release);
     }
@@ -644,7 +708,8 @@ mod tests {
 
     fn arena() -> (Arc<Mapped>, Writer<Mapped>, Reader<Mapped>) {
         let memory = Arc::new(Mapped::new(memmap2::MmapMut::map_anon(BYTES).unwrap().into()));
-        let facts = Facts { layers: vec![0, 1, 2], num_experts: 200, top_k: 2, ..Facts::default() };
+        let kv_slots = u32::MAX;
+        let facts = Facts { layers: vec![0, 1, 2], num_experts: 200, top_k: 2, kv_slots, ..Facts::default() };
         let us = Producer { pid: std::process::id(), start_time: 1 };
         let header = Header::store(&*memory, &facts, us, 1).unwrap();
         let reader = Reader::new(Arc::clone(&memory), header.clone(), Mode::Lossless, us).unwrap();

@@ -52,6 +52,7 @@ fn an_arena_says_what_it_was_made_with() {
         num_experts: 384,
         top_k: 8,
         weights: true,
+        kv_slots: 77,
         rank: 3,
         engine: "engine".into(),
         engine_version: String::new(),

@@ -87,7 +87,7 @@ fn drain(reader: &mut Reader<Mapped>) {
         match reader.poll() {
             Ok(None) => return,
             Ok(Some(Record::Step(step))) => check(&facts, &step),
-            Ok(Some(Record::End(_))) => {}
+            Ok(Some(Record::End(_) | Record::Prefix(_))) => {}
             Err(error) => assert!(matches!(error, Error::Corrupt { .. }), "{error}"),
         }
         reader.release(reader.cursor());

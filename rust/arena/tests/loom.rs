@@ -95,7 +95,7 @@ mod models {
                 assert_eq!((step.experts, step.positions), (&[step.step as u8][..], &[step.step as u32][..]));
                 Some(step.step)
             }
-            Record::End(end) => panic!("{end:?} where only steps are published"),
+            other => panic!("{other:?} where only steps are published"),
         }
     }
 

@@ -36,6 +36,7 @@ fn drain(reader: &mut Reader<Mapped>) -> (Vec<(u64, Row)>, Vec<End>) {
         match reader.poll().unwrap() {
             None => return (rows, ends),
             Some(Record::End(end)) => ends.push(end),
+            Some(Record::Prefix(prefix)) => panic!("{prefix:?} where none is published"),
             Some(Record::Step(step)) => rows.extend(rows_of(&facts, &step).into_iter().map(|row| (step.step, row))),
         }
         release(reader);

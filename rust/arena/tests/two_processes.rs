@@ -71,7 +71,7 @@ fn a_lossless_reader_gets_every_byte_in_order() {
                         assert_eq!(part.step, step);
                         rows.extend(rows_of(&facts, &part));
                     }
-                    Record::End(end) => panic!("{end:?} in step {step}"),
+                    other => panic!("{other:?} in step {step}"),
                 });
                 release(&mut reader);
             }
@@ -79,6 +79,7 @@ fn a_lossless_reader_gets_every_byte_in_order() {
             for expected in forward.ends {
                 next(&mut reader, |record| match record {
                     Record::End(end) => assert_eq!(end, expected),
+                    Record::Prefix(prefix) => panic!("{prefix:?} where an end is"),
                     Record::Step(_) => panic!("a step before the end of {expected:?}"),
                 });
                 release(&mut reader);
@@ -109,7 +110,7 @@ fn a_slow_lossy_reader_gets_what_is_right_and_counts_the_rest() {
         let ended = reader.ended();
         match reader.poll().unwrap() {
             None => drained = ended,
-            Some(Record::End(_)) => {}
+            Some(Record::End(_) | Record::Prefix(_)) => {}
             Some(Record::Step(step)) => {
                 assert!(last.is_none_or(|last| last <= step.step), "steps come in order");
                 while at < step.step {

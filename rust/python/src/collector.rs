@@ -123,6 +123,7 @@ impl Collector {
         dict.set_item("lost_ends", stats.lost_ends)?;
         dict.set_item("unattributed_tokens", stats.unattributed_tokens)?;
         dict.set_item("unkept_tokens", stats.unkept_tokens)?;
+        dict.set_item("unslotted_tokens", stats.unslotted_tokens)?;
         dict.set_item("missing_tokens", stats.missing_tokens)?;
         dict.set_item("evicted_requests", stats.evicted_requests)?;
         dict.set_item("corrupt_records", stats.corrupt_records)?;

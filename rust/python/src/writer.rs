@@ -3,7 +3,9 @@
 use crate::errors::{OptionError, to_python};
 use crate::mailbox::Mailbox;
 use crate::{directory_or_default, phase_of, seconds};
-use expert_lens_arena::{DeviceRows, End, Facts, GraphRows, OnFull, Outcome, Publisher, Rows, Source, Span, Way};
+use expert_lens_arena::{
+    DeviceRows, End, Facts, GraphRows, OnFull, Outcome, Prefix, Publisher, Rows, Source, Span, Way,
+};
 use half::f16;
 use numpy::{Element, PyReadonlyArray, PyReadonlyArray1, PyReadonlyArray3, PyReadonlyArrayDyn};
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
@@ -25,9 +27,9 @@ pub struct Writer {
     token_ids: Vec<u32>,
 }
 
-/// Positions [n] in an array, or where they are on a device.
+/// A u32 for each row [n], in an array, or where it is on a device.
 #[derive(FromPyObject)]
-enum Positions<'py> {
+enum Column<'py> {
     Host(PyReadonlyArray1<'py, u32>),
     Device(u64),
 }
@@ -38,6 +40,13 @@ impl Writer {
     fn open(&mut self) -> PyResult<&mut Publisher> {
         self.publisher.as_mut().ok_or_else(closed)
     }
+}
+
+fn spans_of(spans: Vec<PySpan>) -> PyResult<Vec<Span>> {
+    let span = |(number, request, first_row, rows, prompt_tokens, phase): PySpan| {
+        Ok(Span { number, request, first_row, rows, prompt_tokens, phase: phase_of(&phase)? })
+    };
+    spans.into_iter().map(span).collect()
 }
 
 fn closed() -> PyErr {
@@ -67,7 +76,7 @@ fn ids<'a, T: Element + bytemuck::Pod>(array: &'a PyReadonlyArray3<'_, T>, facts
 #[pymethods]
 impl Writer {
     #[new]
-    #[pyo3(signature = (capture, *, layers, num_experts, top_k, rank=0, weights=false, arena_bytes=268_435_456,
+    #[pyo3(signature = (capture, *, layers, num_experts, top_k, rank=0, weights=false, kv_slots=0, arena_bytes=268_435_456,
                         on_full="drop", wait_timeout=1.0, engine="", engine_version="", model="", directory=None))]
     #[expect(clippy::too_many_arguments, reason = "they are the keyword arguments of the Python class")]
     fn new(
@@ -77,6 +86,7 @@ impl Writer {
         top_k: u32,
         rank: u32,
         weights: bool,
+        kv_slots: u32,
         arena_bytes: usize,
         on_full: &str,
         wait_timeout: f64,
@@ -97,6 +107,7 @@ impl Writer {
             num_experts,
             top_k,
             weights,
+            kv_slots,
             rank,
             engine: engine.into(),
             engine_version: engine_version.into(),
@@ -117,14 +128,10 @@ impl Writer {
     }
 
     fn set_batch(&mut self, spans: Vec<PySpan>) -> PyResult<()> {
-        let span = |(number, request, first_row, rows, prompt_tokens, phase): PySpan| {
-            Ok(Span { number, request, first_row, rows, prompt_tokens, phase: phase_of(&phase)? })
-        };
-        let spans = spans.into_iter().map(span).collect::<PyResult<_>>()?;
-        self.open()?.set_batch(spans).map_err(to_python)
+        self.open()?.set_batch(spans_of(spans)?).map_err(to_python)
     }
 
-    #[pyo3(signature = (experts, token_ids, positions, weights=None))]
+    #[pyo3(signature = (experts, token_ids, positions, weights=None, *, kv_slots=None))]
     fn publish(
         &mut self,
         py: Python<'_>,
@@ -132,6 +139,7 @@ impl Writer {
         token_ids: Option<PyReadonlyArray1<'_, u32>>,
         positions: PyReadonlyArray1<'_, u32>,
         weights: Option<PyReadonlyArray3<'_, f16>>,
+        kv_slots: Option<PyReadonlyArray1<'_, u32>>,
     ) -> PyResult<bool> {
         let waits = self.waits;
         let publisher = self.open()?;
@@ -157,7 +165,7 @@ impl Writer {
             experts,
             token_ids,
             positions: contiguous("positions", &positions)?,
-            kv_slots: None,
+            kv_slots: kv_slots.as_ref().map(|array| contiguous("kv_slots", array)).transpose()?,
             weights: weights.map(bytemuck::cast_slice),
         };
         // The GIL is kept unless the writer may wait: to get it back could take longer than the copy.
@@ -222,7 +230,7 @@ impl Writer {
         py: Python<'_>,
         experts: u64,
         num_rows: usize,
-        positions: Positions<'_>,
+        positions: Column<'_>,
         device: i32,
         stream: u64,
         token_ids: Option<u64>,
@@ -233,8 +241,8 @@ impl Writer {
         let publisher = self.open()?;
         let column = |address| Source::Device(address, num_rows.saturating_mul(4));
         let positions = match &positions {
-            Positions::Host(array) => Source::Host(bytemuck::cast_slice(contiguous("positions", array)?)),
-            Positions::Device(address) => column(*address),
+            Column::Host(array) => Source::Host(bytemuck::cast_slice(contiguous("positions", array)?)),
+            Column::Device(address) => column(*address),
         };
         let (token_ids, kv_slots) = (token_ids.map(column), kv_slots.map(column));
         let rows = DeviceRows { rows: num_rows, experts, token_ids, positions, kv_slots, weights };
@@ -243,6 +251,40 @@ impl Writer {
         #[expect(unsafe_code, reason = "Python can only give addresses")]
         let mut publish = || unsafe { publisher.publish_device(&rows, device, stream) };
         let published = if waits { py.detach(publish) } else { publish() };
+        Ok(published.map_err(to_python)?.dropped == 0)
+    }
+
+    fn drop_step(&mut self, num_rows: usize) -> PyResult<()> {
+        self.open()?.drop_step(num_rows);
+        Ok(())
+    }
+
+    #[pyo3(signature = (spans, kv_slots, *, device=None, stream=0))]
+    fn publish_prefix(
+        &mut self,
+        spans: Vec<PySpan>,
+        kv_slots: Column<'_>,
+        device: Option<i32>,
+        stream: u64,
+    ) -> PyResult<bool> {
+        let publisher = self.open()?;
+        let spans = spans_of(spans)?;
+        let rows = spans.last().map_or(0, |span| (span.first_row + span.rows) as usize);
+        let published = match (&kv_slots, device) {
+            (Column::Host(array), None) => {
+                let kv_slots = Source::Host(bytemuck::cast_slice(contiguous("kv_slots", array)?));
+                publisher.publish_prefix(&Prefix { spans: &spans, kv_slots })
+            }
+            (Column::Device(address), Some(device)) => {
+                let kv_slots = Source::Device(*address, rows.saturating_mul(4));
+                // SAFETY: as in `publish_device`.
+                #[expect(unsafe_code, reason = "Python can only give addresses")]
+                unsafe {
+                    publisher.publish_prefix_device(&Prefix { spans: &spans, kv_slots }, device, stream)
+                }
+            }
+            _ => return Err(PyTypeError::new_err("kv_slots is an array, or with a device an address on it")),
+        };
         Ok(published.map_err(to_python)?.dropped == 0)
     }
 

@@ -264,7 +264,7 @@ class ContinuousBatches:
                 assert isinstance(batch.positions, np.ndarray)
                 rows = ReplayRows(batch.spans, len(batch.positions), batch.positions)
             elif batch is not None:  # a graph's rows cannot be picked
-                self._tap.lost_tokens += len(batch.positions)
+                self._tap.lose(len(batch.positions))
         except Exception as error:
             self._tap.fail(error)
         recorded.replay(graph.replay, rows)

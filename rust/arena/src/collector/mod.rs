@@ -3,6 +3,7 @@
 mod counts;
 mod feed;
 mod known;
+mod slots;
 mod store;
 mod stream;
 mod wait;
@@ -20,6 +21,7 @@ use crate::writer::{after, now_ns};
 use counts::{Counts, History};
 use feed::Feed;
 use known::Known;
+use slots::Slots;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -59,6 +61,8 @@ pub struct Stats {
     pub unattributed_tokens: u64,
     /// Rows that came for requests which are no longer held.
     pub unkept_tokens: u64,
+    /// Rows whose KV slot lay past what the memory holds: a request that begins with them from the cache lacks them.
+    pub unslotted_tokens: u64,
     /// Positions, of the requests that are held, whose row is not.
     pub missing_tokens: u64,
     /// Requests removed for want of memory.
@@ -92,6 +96,8 @@ struct Inner {
     store: Store,
     /// For each arena, its batch's requests.
     batches: Vec<Known<Resolved>>,
+    /// For each arena, what the engine has in its cache.
+    slots: Vec<Slots>,
     steps: u64,
     last_step: Vec<Option<u64>>,
     unattributed: u64,
@@ -139,6 +145,7 @@ impl Collector {
             facts: facts.clone(),
             feed,
             batches: Vec::new(),
+            slots: Vec::new(),
             steps: 0,
             last_step: Vec::new(),
             unattributed: 0,
@@ -318,6 +325,7 @@ impl Inner {
     fn take_one(&mut self, arena: usize, tokens: &AtomicU64) -> bool {
         self.batches.resize_with(self.feed.sources.len(), Known::default);
         self.last_step.resize(self.feed.sources.len(), None);
+        self.slots.resize_with(self.feed.sources.len(), Slots::default);
         let reader = &mut self.feed.sources[arena].reader;
         let mut time_ns = 0;
         match reader.poll() {
@@ -342,7 +350,24 @@ impl Inner {
                 }
                 self.unattributed +=
                     apply(&self.facts, &step, spans, &mut self.counts, &mut self.history, &mut self.store);
+                let budget = self.store.slot_budget() / self.slots.len();
+                self.slots[arena].keep(&self.facts, &step, budget);
+                if step.kv_slots.is_some() {
+                    self.store.reserve(self.slots.iter().map(Slots::bytes).sum());
+                }
                 tokens.fetch_add(step.rows as u64, Relaxed);
+            }
+            Ok(Some(Record::Prefix(prefix))) => {
+                let slots = &mut self.slots[arena];
+                if prefix.after_gap {
+                    slots.forget();
+                }
+                for span in &prefix.spans {
+                    let rows = span.first_row as usize..(span.first_row + span.rows) as usize;
+                    if let Some(key) = self.store.key_of(arena, span) {
+                        self.store.add_prefix(&self.facts, key, slots, &prefix.kv_slots[rows]);
+                    }
+                }
             }
             Err(error) => {
                 self.corrupt_records += 1;
@@ -390,6 +415,7 @@ impl Inner {
             lost_ends: self.feed.lost_ends(),
             unattributed_tokens: self.unattributed,
             unkept_tokens: self.store.unkept_rows,
+            unslotted_tokens: self.slots.iter().map(|slots| slots.unkept).sum(),
             missing_tokens: self.store.missing_rows(),
             evicted_requests: self.store.evicted_requests,
             corrupt_records: self.corrupt_records,

@@ -1,5 +1,6 @@
 //! Each request's rows, by position, within a memory budget.
 
+use super::slots::Slots;
 use crate::batch::{End, Outcome, Phase, Span};
 use crate::layout::Facts;
 use crate::reader::Step;
@@ -75,7 +76,7 @@ impl RequestRows {
         self.phases.is_empty()
     }
 
-    fn resize(&mut self, facts: &Facts, len: usize) {
+    pub(super) fn resize(&mut self, facts: &Facts, len: usize) {
         self.experts.resize(len * facts.row_bytes(), 0);
         self.weights.resize(if facts.weights { len * facts.ids_per_row() } else { 0 }, 0);
         self.token_ids.resize(len, NO_TOKEN);
@@ -93,7 +94,7 @@ impl RequestRows {
         self.times.shrink_to_fit();
     }
 
-    fn bytes(&self) -> usize {
+    pub(super) fn bytes(&self) -> usize {
         self.experts.capacity()
             + self.weights.capacity() * 2
             + self.token_ids.capacity() * 4
@@ -148,6 +149,26 @@ impl Request {
         rows.times[to].fill(step.time_ns as i64);
     }
 
+    /// Keep a row that stands at `at` in `from`, as one of the prompt.
+    fn keep_copy(&mut self, facts: &Facts, position: usize, from: &RequestRows, at: usize) {
+        let (row_bytes, row_ids) = (facts.row_bytes(), facts.ids_per_row());
+        let rows = &mut self.rows;
+        if position >= rows.len() {
+            rows.resize(facts, position + 1);
+        }
+        self.present += usize::from(rows.phases[position] == MISSING);
+        rows.experts[position * row_bytes..(position + 1) * row_bytes]
+            .copy_from_slice(&from.experts[at * row_bytes..(at + 1) * row_bytes]);
+        if facts.weights {
+            rows.weights[position * row_ids..(position + 1) * row_ids]
+                .copy_from_slice(&from.weights[at * row_ids..(at + 1) * row_ids]);
+        }
+        rows.token_ids[position] = from.token_ids[at];
+        rows.phases[position] = Phase::Prefill as u8;
+        rows.steps[position] = from.steps[at];
+        rows.times[position] = from.times[at];
+    }
+
     fn summary(&self) -> Summary {
         let (request, tokens) = (self.id.clone(), self.tokens());
         let (state, prompt_tokens) = (self.state, self.prompt_tokens);
@@ -172,6 +193,8 @@ pub(super) struct Store {
     /// Bytes of one row and all that is kept with it.
     row_bytes: usize,
     bytes: usize,
+    /// Of these, what KV slots take.
+    reserved: usize,
     requests: SlotMap<Key, Request>,
     by_id: HashMap<String, Key>,
     /// Every request that is held, oldest first; finished ones are looked for from the front.
@@ -191,6 +214,7 @@ impl Store {
             budget,
             row_bytes: facts.row_bytes() + weight_bytes + other_bytes,
             bytes: 0,
+            reserved: 0,
             requests: SlotMap::with_key(),
             by_id: HashMap::new(),
             order: VecDeque::new(),
@@ -260,6 +284,38 @@ impl Store {
         }
         self.bytes = self.bytes + request.rows.bytes() - before;
         self.make_room(key);
+    }
+
+    /// Keep the rows that stand in these slots, as a request's first ones; unknown ones stay missing.
+    pub fn add_prefix(&mut self, facts: &Facts, key: Key, slots: &Slots, kv_slots: &[u32]) {
+        let Some(request) = self.requests.get_mut(key) else {
+            self.unkept_rows += kv_slots.len() as u64;
+            return;
+        };
+        if kv_slots.len().saturating_mul(2 * self.row_bytes) > self.budget {
+            self.unkept_rows += kv_slots.len() as u64;
+            return;
+        }
+        let before = request.rows.bytes();
+        let counting = request.num_positions.unwrap_or(usize::MAX);
+        for (position, &slot) in kv_slots.iter().enumerate().take(counting) {
+            if let Some(at) = slots.find(slot) {
+                request.keep_copy(facts, position, slots.rows(), at);
+            }
+        }
+        self.bytes = self.bytes + request.rows.bytes() - before;
+        self.make_room(key);
+    }
+
+    /// Count what the slots take: it is part of the budget.
+    pub fn reserve(&mut self, bytes: usize) {
+        self.bytes = self.bytes + bytes - self.reserved;
+        self.reserved = bytes;
+    }
+
+    /// Bytes that the rows of KV slots may take: half of the budget.
+    pub fn slot_budget(&self) -> usize {
+        self.budget / 2
     }
 
     pub fn finish(&mut self, arena: usize, end: &End) {

@@ -2,9 +2,10 @@
 
 use super::feed::{ArenaId, Feed, Source, arena_id};
 use super::known::Known;
+use super::slots::Slots;
 use super::store::NO_TOKEN;
 use super::wait::{Pace, Waiter};
-use crate::batch::{End, Span};
+use crate::batch::{End, Phase, Span};
 use crate::error::Result;
 use crate::layout::Facts;
 use crate::reader::{Mode, Record, Step};
@@ -81,11 +82,14 @@ impl Block {
 /// A lossless reader of a capture whose space is released only when told that the rows are durable.
 pub struct RowStream {
     feed: Feed,
+    facts: Facts,
     waiter: Waiter,
     block: Block,
     by_id: HashMap<String, u32>,
     /// For each arena, its batch's requests: indices into `block.ids`; None for rows of no request.
     batches: Vec<Known<Option<u32>>>,
+    /// For each arena, what the engine has in its cache.
+    slots: Vec<Slots>,
     skipped: u64,
     /// For each arena, the record after the last one that a block gave out.
     taken: Vec<u64>,
@@ -94,6 +98,8 @@ pub struct RowStream {
     targets: Option<Vec<u64>>,
 }
 
+/// Most that the rows of all arenas' KV slots may take.
+const MAX_SLOT_BYTES: usize = 512 << 20;
 /// Part of an arena that may wait to be written: beyond it, a block is given out early, so that the writer never drops
 /// records for a recorder that merely waits for a fuller file.
 const HELD_SHARE: u64 = 4;
@@ -115,11 +121,13 @@ impl RowStream {
         }
         let waiter = Waiter::new(Pace::CALM);
         Ok(Self {
+            facts: feed.facts().clone(),
             feed,
             waiter,
             block: Block::default(),
             by_id: HashMap::new(),
             batches: Vec::new(),
+            slots: Vec::new(),
             skipped,
             taken: Vec::new(),
             stop: Arc::default(),
@@ -130,7 +138,7 @@ impl RowStream {
     /// What the capture says of its model.
     #[must_use]
     pub fn facts(&self) -> &Facts {
-        self.feed.facts()
+        &self.facts
     }
 
     /// Records that were gone when this stream resumed.
@@ -209,6 +217,7 @@ impl RowStream {
 
     fn take_one(&mut self, arena: usize) -> bool {
         self.batches.resize_with(self.feed.sources.len(), Known::default);
+        self.slots.resize_with(self.feed.sources.len(), Slots::default);
         let Source { reader, .. } = &mut self.feed.sources[arena];
         let (id, first) = (arena_id(reader), reader.cursor());
         if self.targets.as_ref().is_some_and(|targets| first >= targets[arena]) {
@@ -223,6 +232,20 @@ impl RowStream {
                 let request = |span: &Span| index_of(span, &mut self.by_id, &mut self.block.ids);
                 let requests = self.batches[arena].spans(step.batch, request);
                 self.block.add(&step, requests, index);
+                let budget = MAX_SLOT_BYTES / self.slots.len();
+                self.slots[arena].keep(&self.facts, &step, budget);
+            }
+            Ok(Some(Record::Prefix(prefix))) => {
+                let slots = &mut self.slots[arena];
+                if prefix.after_gap {
+                    slots.forget();
+                }
+                for span in &prefix.spans {
+                    if let Some(request) = index_of(span, &mut self.by_id, &mut self.block.ids) {
+                        let rows = span.first_row as usize..(span.first_row + span.rows) as usize;
+                        self.block.add_prefix(&self.facts, request, index, slots, &prefix.kv_slots[rows]);
+                    }
+                }
             }
             Err(_) => self.block.corrupt += 1,
         }
@@ -252,6 +275,27 @@ fn index_of(span: &Span, by_id: &mut HashMap<String, u32>, ids: &mut Vec<String>
 }
 
 impl Block {
+    /// Add the rows that stand in these slots, as a request's first ones; unknown ones are left out.
+    fn add_prefix(&mut self, facts: &Facts, request: u32, arena: u32, slots: &Slots, kv_slots: &[u32]) {
+        let (row_bytes, row_ids) = (facts.row_bytes(), facts.ids_per_row());
+        for (position, &slot) in kv_slots.iter().enumerate() {
+            let Some(at) = slots.find(slot) else { continue };
+            let rows = slots.rows();
+            self.requests.push(request);
+            self.arenas.push(arena);
+            self.positions.push(position as u32);
+            self.token_ids.push(rows.token_ids[at]);
+            self.kv_slots.push(slot);
+            self.phases.push(Phase::Prefill as u8);
+            self.steps.push(rows.steps[at]);
+            self.times.push(rows.times[at]);
+            self.experts.extend_from_slice(&rows.experts[at * row_bytes..(at + 1) * row_bytes]);
+            if facts.weights {
+                self.weights.extend_from_slice(&rows.weights[at * row_ids..(at + 1) * row_ids]);
+            }
+        }
+    }
+
     fn add(&mut self, step: &Step<'_>, requests: &[Option<u32>], arena: u32) {
         let mut attributed = 0;
         let spans = step.batch.map_or(&[][..], |spans| spans);

@@ -13,11 +13,15 @@ pub fn folder() -> tempfile::TempDir {
     tempfile::Builder::new().prefix("expert-lens-test-").permissions(alone).tempdir_in("/dev/shm").unwrap()
 }
 
+/// Slots of the small model's cache.
+pub const KV_SLOTS: u32 = 4096;
+
 /// Facts of a small model: L = 3, K = 2.
 pub fn facts(num_experts: u32, weights: bool) -> Facts {
     let name = |name: &str| name.to_owned();
     let (engine, engine_version, model) = (name("test"), name("1.0"), name("tiny"));
-    Facts { layers: vec![1, 2, 5], num_experts, top_k: 2, weights, rank: 0, engine, engine_version, model }
+    let (layers, kv_slots) = (vec![1, 2, 5], KV_SLOTS);
+    Facts { layers, num_experts, top_k: 2, weights, kv_slots, rank: 0, engine, engine_version, model }
 }
 
 pub fn publisher(directory: &Path, bytes: usize, facts: &Facts, on_full: OnFull) -> Publisher {
@@ -60,7 +64,7 @@ impl Row {
 
     /// Where the engine keeps this row's token.
     pub fn kv_slot(&self) -> u32 {
-        mix(self.number, u64::from(self.position), 8888) as u32
+        mix(self.number, u64::from(self.position), 8888) as u32 % KV_SLOTS
     }
 }
 
