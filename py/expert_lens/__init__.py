@@ -6,7 +6,7 @@
     lens                                      # in a notebook: the live heatmap
     lens.counts()                             # tokens by layer and expert
     lens.routed_experts("0.0")                # every token's experts, bit-exact
-    lens.to_parquet("run/")                   # expert_lens.scan("run/") reads it
+    lens.to_parquet("run/")                   # expert_lens.scan("run/") reads it, open_trace("run/") plays it
 
 Importing this imports numpy and the extension; polars and the notebook's parts come with the first use.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from expert_lens import errors
 from expert_lens._core import __version__
 from expert_lens.errors import ExpertLensError, MissingRowsError
-from expert_lens.lens import Lens, attach, captures
+from expert_lens.lens import Lens, attach, captures, open_trace
 
 if TYPE_CHECKING:
     from expert_lens.trace import scan
@@ -29,6 +29,7 @@ __all__ = [
     "attach",
     "captures",
     "errors",
+    "open_trace",
     "scan",
 ]
 

@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from expert_lens.trace import Columns
     from expert_lens.widgets import Heatmap
 
-__all__ = ["Lens", "attach", "captures"]
+__all__ = ["Lens", "attach", "captures", "open_trace"]
 
 SYNC_TIMEOUT = 1.0
 """Seconds that a question waits for rows that were reserved before it and have not landed."""
@@ -177,6 +177,46 @@ def attach(
         tap.close()
         raise
     return Lens(collector, tokenizer, tap=tap, directory=where, memory_bytes=memory_bytes)
+
+
+def open_trace(
+    folder: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    tokenizer: Tokenizer | None = None,
+    memory: int | str = "1GiB",
+    *,
+    speed: float | None = 1.0,
+    name: str | None = None,
+    arena: int | str = "64MiB",
+    history: int = 16384,
+    directory: str | os.PathLike[str] | None = None,
+) -> Lens:
+    """See a trace as if its engine ran now: a lens whose capture publishes the trace's rows again, step by step.
+
+    `folder`: one or several, as for `scan`; all of it is read into memory. `speed`: 1.0 is the pace at which it was
+    recorded, 10 ten times that, None as fast as it is read. A request whose id other sources of the trace have too gets
+    `#2`, `#3`, ...; one whose end the trace does not tell ends as aborted. Steps and times are those of now. The other
+    options are as for `attach`; other processes can attach by name.
+
+    Raises OptionError for a folder without a trace, traces of different models, and options that cannot be used.
+    """
+    from expert_lens.playback import Playback
+
+    if speed is not None and not (check_seconds("speed", speed) > 0):
+        raise OptionError(f"speed is {speed!r}; give how much faster than recorded, above 0, or None for no waiting.")
+    memory_bytes, arena_bytes = parse_bytes("memory", memory), parse_bytes("arena", arena)
+    history = check_count("history", history, "the number of rows to keep for counts(last=...)")
+    where = None if directory is None else check_folder_path("directory", directory)
+    capture = f"trace-{os.getpid()}-{next(_attached)}" if name is None else check_capture_name(name)
+    playback = Playback(folder, capture, speed=speed, arena_bytes=arena_bytes, directory=where)
+    try:
+        collector = _core.Collector(
+            capture, directory=where, lossless=True, memory_bytes=memory_bytes, history=history, prompt=False
+        )
+    except BaseException:
+        playback.close()
+        raise
+    playback.start()
+    return Lens(collector, tokenizer, tap=playback, directory=where, memory_bytes=memory_bytes)
 
 
 class Lens:
