@@ -37,7 +37,7 @@ def measure(rows: int) -> None:
     tokens = np.zeros(rows, np.uint32)
 
     run = DecodeRun(spans, positions, None)
-    column = np.zeros((rows, 1), np.int64)
+    column = torch.zeros((rows, 1), dtype=torch.int64)
 
     def hand_over() -> Step:
         tap.begin()
@@ -51,7 +51,7 @@ def measure(rows: int) -> None:
         tap.publish_next(hand_over(), rows, column, run)
 
     def new_batch() -> None:
-        tap.publish(*tap.pack(hand_over(), rows), Rows(spans, positions, tokens))
+        tap.publish(*tap.pack(hand_over(), rows), Rows(spans, positions, column))
 
     packed = np.zeros((rows, LAYERS, TOP_K), np.uint8)
 
