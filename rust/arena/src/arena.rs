@@ -94,8 +94,7 @@ impl Publisher {
     /// stays until the stream has come to what is enqueued here; `stream` is a stream of that device, or 0, and is not
     /// being captured.
     pub unsafe fn publish_device(&mut self, rows: &DeviceRows<'_>, device: i32, stream: u64) -> Result<Published> {
-        self.pinned()?;
-        let pinned = self.pinned.as_mut().expect("made above");
+        let pinned = pin(&mut self.pinned, &self.memory)?;
         self.writer.publish_device(rows, &mut pinned.landing(device, stream)?)
     }
 
@@ -108,8 +107,7 @@ impl Publisher {
     /// # Safety
     /// As [`Publisher::publish_device`].
     pub unsafe fn publish_prefix_device(&mut self, prefix: &Prefix<'_>, device: i32, stream: u64) -> Result<Published> {
-        self.pinned()?;
-        let pinned = self.pinned.as_mut().expect("made above");
+        let pinned = pin(&mut self.pinned, &self.memory)?;
         self.writer.publish_prefix_by(prefix, Some(&mut pinned.landing(device, stream)?))
     }
 
@@ -119,7 +117,7 @@ impl Publisher {
     /// # Errors
     /// [`Error::Cuda`] when the driver refuses.
     pub fn mailbox(&mut self, device: i32, table: &[u64]) -> Result<Option<Mailbox>> {
-        self.pinned()?.mailbox(device, table)
+        pin(&mut self.pinned, &self.memory)?.mailbox(device, table)
     }
 
     /// Publish the rows that the next replay of the mailbox's graph writes. The replay must be launched next; if that
@@ -132,8 +130,7 @@ impl Publisher {
     /// # Safety
     /// The graph's kernels write no more than the sections that `rows` states.
     pub unsafe fn publish_graph(&mut self, mailbox: &mut Mailbox, rows: &GraphRows<'_>) -> Result<Published> {
-        self.pinned()?;
-        let pinned = self.pinned.as_mut().expect("made above");
+        let pinned = pin(&mut self.pinned, &self.memory)?;
         match pinned.by_post(mailbox, rows.rows)? {
             // The graph's kernels do nothing for no rows, not even publish them.
             _ if rows.rows == 0 => Ok(Published::default()),
@@ -152,16 +149,9 @@ impl Publisher {
     /// `stream` is the raw stream of that device on which the replay was, or would have been, launched.
     pub unsafe fn void(&mut self, record: u64, device: i32, stream: u64) -> Result<()> {
         if let Some((at, before)) = self.writer.void(record) {
-            self.pinned()?.publish_behind(device, stream, at, record + 1, before)?;
+            pin(&mut self.pinned, &self.memory)?.publish_behind(device, stream, at, record + 1, before)?;
         }
         Ok(())
-    }
-
-    fn pinned(&mut self) -> Result<&mut Pinned> {
-        if self.pinned.is_none() {
-            self.pinned = Some(Pinned::new(Arc::clone(&self.memory))?);
-        }
-        Ok(self.pinned.as_mut().expect("made above"))
     }
 
     /// How devices published; None if none has.
@@ -210,6 +200,14 @@ impl Drop for Publisher {
         }
         captures::remove_own(&self.path, self.file);
     }
+}
+
+/// The arena's mapping for devices, made when the first one is used.
+fn pin<'a>(pinned: &'a mut Option<Pinned>, memory: &Arc<Mapped>) -> Result<&'a mut Pinned> {
+    if pinned.is_none() {
+        *pinned = Some(Pinned::new(Arc::clone(memory))?);
+    }
+    Ok(pinned.as_mut().expect("made above"))
 }
 
 /// Make an arena file, under another name until it is whole: reserve its space, map it and lay an arena out in it. Gives

@@ -24,7 +24,7 @@ impl Slots {
             self.forget();
         }
         let Some(kv_slots) = step.kv_slots else { return };
-        let limit = (facts.kv_slots as usize).min(budget / slot_bytes(facts));
+        let limit = (facts.kv_slots as usize).min(budget / RequestRows::row_bytes(facts));
         let top = kv_slots.iter().map(|&slot| slot as usize).filter(|&slot| slot < limit).max();
         if let Some(top) = top.filter(|&top| top >= self.rows.len()) {
             // A cache is filled here and there: make room for what comes, not for each slot alone.
@@ -71,11 +71,4 @@ impl Slots {
     pub fn bytes(&self) -> usize {
         self.rows.bytes()
     }
-}
-
-/// Bytes of a slot's row and all that is kept with it.
-fn slot_bytes(facts: &Facts) -> usize {
-    let weights = if facts.weights { facts.ids_per_row() * 2 } else { 0 };
-    // Token id, phase, step, time.
-    facts.row_bytes() + weights + 4 + 1 + 8 + 8
 }

@@ -76,6 +76,13 @@ impl RequestRows {
         self.phases.is_empty()
     }
 
+    /// Bytes of one row and all that is kept with it.
+    pub(super) fn row_bytes(facts: &Facts) -> usize {
+        let weights = if facts.weights { facts.ids_per_row() * 2 } else { 0 };
+        // Token id, phase, step, time.
+        facts.row_bytes() + weights + 4 + 1 + 8 + 8
+    }
+
     pub(super) fn resize(&mut self, facts: &Facts, len: usize) {
         self.experts.resize(len * facts.row_bytes(), 0);
         self.weights.resize(if facts.weights { len * facts.ids_per_row() } else { 0 }, 0);
@@ -207,12 +214,9 @@ pub(super) struct Store {
 
 impl Store {
     pub fn new(facts: &Facts, budget: usize) -> Self {
-        let weight_bytes = if facts.weights { facts.ids_per_row() * 2 } else { 0 };
-        // Token id, phase, step, time.
-        let other_bytes = 4 + 1 + 8 + 8;
         Self {
             budget,
-            row_bytes: facts.row_bytes() + weight_bytes + other_bytes,
+            row_bytes: RequestRows::row_bytes(facts),
             bytes: 0,
             reserved: 0,
             requests: SlotMap::with_key(),
