@@ -40,6 +40,24 @@ def test_prompts_that_are_cut_into_chunks_are_put_together_again(attach: Attach,
     assert len(batches.batches) > 7
 
 
+def test_a_batch_that_decodes_on_is_gone_through_once(
+    attach: Attach, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a step costs the engine's thread does not grow with the requests in it."""
+    tap = attach(model).tap._tap
+    stated: list[Any] = []
+    set_batch = tap.set_batch
+
+    def watched(spans: Any) -> None:
+        stated.append(spans)
+        set_batch(spans)
+
+    monkeypatch.setattr(tap, "set_batch", watched)
+    generate_batch(model, [[5, 6, 7], [8, 9], [10, 11, 12]], max_new_tokens=20)
+    assert len(stated) == 20
+    assert len({id(spans) for spans in stated}) == 2  # the prefill's, and those of all nineteen steps behind it
+
+
 def test_a_prefix_that_another_request_computed_is_missing(attach: Attach, model: Any) -> None:
     capture = attach(model)
     config = small_batches(allow_block_sharing=True)

@@ -303,6 +303,8 @@ class ContinuousBatches:
             self._finish(known, output.request_id, "finished" if output.error is None else "aborted")
 
     def _cancelled(self, known: _Manager, states: list[Any]) -> None:
+        if not states:  # the engine asks before each step
+            return
         known.settle()
         for state in states:
             if state.request_id in known.requests:
