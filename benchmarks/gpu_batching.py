@@ -1,9 +1,8 @@
 """transformers on a GPU at the shape of Qwen3-30B-A3B, cut to 12 layers: `python benchmarks/gpu_batching.py`.
 
 `generate_batch` with CUDA graphs and two batches in turn (its overlapped scheduler), 64 requests of 64 + 128 tokens,
-dummy weights: tokens a second relative to the same without anything in the same round. `deferred copy by torch`: ids
-kept in a static buffer by the graph, then clone, copy to the host without blocking, an event, and one step later a
-scatter into a host buffer. Hooks with `.cpu()` cannot be captured in a graph; `gpu_generate.py` has them.
+dummy weights: tokens a second relative to the same without anything in the same round. `deferred copy by torch`:
+`peers.DeferredCopy`. Hooks with `.cpu()` cannot be captured in a graph; `gpu_generate.py` has them.
 
 Prefill: one forward of 8192 tokens, with and without the lens, from events, in turn.
 """
@@ -13,13 +12,13 @@ import logging
 import random
 import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
+from peers import DeferredCopy
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 
 from expert_lens._core import Collector
@@ -108,29 +107,17 @@ def deferred_copy(model: Any) -> Iterator[None]:
     """What SGLang's deferred copy does, by hand."""
     experts = [layer.mlp.experts for layer in model.model.layers]
     slots = {id(module): slot for slot, module in enumerate(experts)}
-    static = torch.zeros((8192, LAYERS, TOP_K), dtype=torch.int32, device="cuda")
-    locations = torch.randperm(100_000, device="cuda")[:8192]
-    buffer = torch.zeros((100_000, LAYERS, TOP_K), dtype=torch.int32)
-    waiting: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]] = deque()
+    copy = DeferredCopy(8192, LAYERS, TOP_K)
     forward, compute = type(experts[0]).forward, ModelRunner.compute_batch
 
     def kept(module: Any, hidden_states: Any, ids: Any, weights: Any) -> Any:
-        static[: len(ids), slots[id(module)]].copy_(ids)
+        copy.keep(slots[id(module)], ids)
         return forward(module, hidden_states, ids, weights)
 
     def computed(runner: Any, model: Any, batch_data: Any) -> None:
         compute(runner, model, batch_data)
-        tokens = batch_data["input_ids"].shape[1]
         with torch.cuda.stream(runner.inputs_and_outputs.compute_stream):
-            rows = static[:tokens].clone().to("cpu", non_blocking=True)
-            where = locations[:tokens].clone().to("cpu", non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        waiting.append((rows, where, event))
-        if len(waiting) > 1:
-            done_rows, done_where, done = waiting.popleft()
-            done.synchronize()
-            buffer[done_where] = done_rows
+            copy.defer(batch_data["input_ids"].shape[1])
 
     type(experts[0]).forward, ModelRunner.compute_batch = kept, computed
     try:

@@ -2,9 +2,7 @@
 
 The step: 8 matrix products, and 48 layers' top-k ids [n, 8], computed anew in each replay. Ways, each a graph of its
 own: nothing; `lens`: kernels in the graph publish rows, token ids, positions and KV slots; `lens, stream`: the graph
-packs, and the stream copies and publishes behind each replay; `deferred copy by torch`: as SGLang's #22911 does (a
-static buffer in the graph, then clone, copy to the host without blocking, an event, and one step later a scatter into a
-host buffer).
+packs, and the stream copies and publishes behind each replay; `deferred copy by torch`: `peers.DeferredCopy`.
 
 Stream: the time a step takes, from events around blocks of 100 steps, less that of the same block without anything.
 CPU: what it takes on the engine's thread beside the launch; `the writer's post alone`: without the tap. Ways take turns
@@ -20,12 +18,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from peers import DeferredCopy
 
 from expert_lens import graphs
 from expert_lens._core import Writer
@@ -109,28 +107,17 @@ def lens(rows: int, way: str) -> tuple[Callable[[], None], Tap]:
 
 def deferred_copy(rows: int) -> Callable[[], None]:
     """The step with the deferred copy that SGLang has."""
-    static = torch.zeros((rows, LAYERS, TOP_K), dtype=torch.int32, device="cuda")
-    locations = torch.randperm(100_000, device="cuda")[:rows]
-    buffer = torch.zeros((100_000, LAYERS, TOP_K), dtype=torch.int32)
-    waiting: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]] = deque()
+    copy = DeferredCopy(rows, LAYERS, TOP_K)
 
     def collect(ids: list[torch.Tensor]) -> None:
         for slot, layer in enumerate(ids):
-            static[:, slot].copy_(layer)
+            copy.keep(slot, layer)
 
     step = Step(rows, collect=collect)
 
     def run() -> None:
         step.graph.replay()
-        rows_copy = static.clone().to("cpu", non_blocking=True)
-        where = locations.clone().to("cpu", non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        waiting.append((rows_copy, where, event))
-        if len(waiting) > 1:
-            done_rows, done_where, done = waiting.popleft()
-            done.synchronize()
-            buffer[done_where] = done_rows
+        copy.defer(rows)
 
     return run
 

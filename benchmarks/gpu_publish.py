@@ -1,10 +1,9 @@
 """What one publish costs when a GPU publishes: `python benchmarks/gpu_publish.py`.
 
 48 layers' top-k ids [n, 8] stand on the GPU, as a decode step or a prefill leaves them. `lens`: the tap joins and
-narrows them, and the GPU publishes them with their token ids; `event`: the same by the fallback. Peers: what SGLang's
-deferred copy does (clone, copy to the host without blocking, an event, and later a scatter into a host buffer), and a
-hook a layer with `.cpu()`. CPU: time on the engine's thread. GPU: time that the stream takes, from events around
-blocks of 20 steps. Ways take turns in a new order each round.
+narrows them, and the GPU publishes them with their token ids; `event`: the same by the fallback. Peers: SGLang's
+deferred copy (`peers.DeferredCopy`), and a hook a layer with `.cpu()`. CPU: time on the engine's thread. GPU: time that
+the stream takes, from events around blocks of 20 steps. Ways take turns in a new order each round.
 """
 
 import json
@@ -12,12 +11,12 @@ import os
 import random
 import statistics
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from peers import DeferredCopy
 
 from expert_lens._core import Writer
 from expert_lens.tap import DecodeRun, Tap
@@ -57,23 +56,12 @@ def measure(rows: int) -> None:
         step()  # pins the arena
         return step
 
-    static = torch.zeros((rows, LAYERS, TOP_K), dtype=torch.int32, device="cuda")
-    locations = torch.randperm(100_000, device="cuda")[:rows]
-    buffer = torch.zeros((100_000, LAYERS, TOP_K), dtype=torch.int32)
-    waiting: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]] = deque()
+    copy = DeferredCopy(rows, LAYERS, TOP_K)
 
     def deferred_copy() -> None:
         for slot, layer in enumerate(ids):
-            static[:, slot].copy_(layer)
-        rows_copy = static.clone().to("cpu", non_blocking=True)
-        where = locations.clone().to("cpu", non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        waiting.append((rows_copy, where, event))
-        if len(waiting) > 1:
-            done_rows, done_where, done = waiting.popleft()
-            done.synchronize()
-            buffer[done_where] = done_rows
+            copy.keep(slot, layer)
+        copy.defer(rows)
 
     def hooks() -> None:
         [layer.cpu() for layer in ids]

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
 import triton.language as tl
 
 from expert_lens import kernels
@@ -19,10 +18,13 @@ TYPES = [torch.int64, torch.int32]
 WEIGHT_TYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@triton.jit
+arenas_at_release: list[Any] = []
+
+
 def store_plainly(address: Any, value: Any) -> None:
-    """The interpreter knows no assembly; and what it stores, others see in order."""
+    """The interpreter knows no assembly; and what it stores, others see in order. Keeps what they see behind this."""
     tl.store(address.to(tl.pointer_type(tl.int64)), value)
+    arenas_at_release.append(Graph.current.arena.copy())
 
 
 kernels.__dict__["_store_release"] = store_plainly
@@ -36,6 +38,9 @@ def words(array: Any) -> Any:
 
 class Graph:
     """What a captured graph of one shape holds, with the memory that its kernels know."""
+
+    current: "Graph"
+    """The one that is being replayed."""
 
     def __init__(self, rng: random.Random) -> None:
         self.num_experts = rng.choice([8, 256, 257, 60000])
@@ -68,6 +73,7 @@ class Graph:
                 column.copy_(torch.tensor([rng.randrange(1 << 31) for _ in column]))
 
     def replay(self) -> None:
+        Graph.current = self
         columns = (self.token_ids, self.positions, self.kv_slots)
 
         def blocks(values: int, per_word: int) -> int:
@@ -131,15 +137,18 @@ def main() -> None:
                 base = graph.arena.ctypes.data
                 post = [replay, rows, base + PAYLOAD * 8, base + SEQUENCE * 8, 1000 + replay, 0, 0, 0]
                 graph.entries[replay % ENTRIES] = post
+            arenas_at_release.clear()
             graph.replay()
             assert graph.taken[0] == replay
+            assert len(arenas_at_release) == posted
             wanted = np.full(len(graph.arena), FREE, np.int64)
             if posted:
                 wanted[SEQUENCE] = 1000 + replay
                 payload = np.concatenate(graph.expected(rows))
                 wanted[PAYLOAD : PAYLOAD + len(payload)] = payload
                 compared += 1
-            np.testing.assert_array_equal(graph.arena, wanted)
+            for arena in (graph.arena, *arenas_at_release):
+                np.testing.assert_array_equal(arena, wanted)
     print(compared)
 
 

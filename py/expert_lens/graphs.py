@@ -157,7 +157,7 @@ def _prepare_kernels(tap: Tap, step: Step, num_rows: int, columns: _Columns, dev
     if mailbox is None:
         return None
     try:
-        return _ByKernels(tap, num_rows, mailbox, ids, weights, columns)
+        return _ByKernels(tap, _Inputs(num_rows, ids, weights, columns), mailbox)
     except Exception as error:
         with contextlib.suppress(Warning):
             warnings.warn(
@@ -178,6 +178,16 @@ class _Columns:
     kv_slots: torch.Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What the kernels read. `ids`, `weights`: a layer each, all alike; weights are empty unless captured."""
+
+    num_rows: int
+    ids: list[torch.Tensor]
+    weights: list[torch.Tensor]
+    columns: _Columns
+
+
 class _ByKernels(GraphStep):
     """Kernels in the graph publish.
 
@@ -185,28 +195,20 @@ class _ByKernels(GraphStep):
     launched, which is nothing to do inside a capture. Raises what Triton raises then.
     """
 
-    def __init__(
-        self,
-        tap: Tap,
-        num_rows: int,
-        mailbox: Mailbox,
-        ids: list[torch.Tensor],
-        weights: list[torch.Tensor],
-        columns: _Columns,
-    ) -> None:
+    def __init__(self, tap: Tap, inputs: _Inputs, mailbox: Mailbox) -> None:
         from expert_lens import kernels
 
         self._mailbox = mailbox
-        self._columns = columns
+        self._columns = inputs.columns
         self._beside = torch.cuda.ExternalStream(mailbox.stream)  # type: ignore[no-untyped-call]
         self._take = partial(kernels.take_post[(1,)], mailbox.entries, mailbox.state, MAILBOX_ENTRIES, num_warps=1)
-        self._publish: Callable[[], Any] | None = partial(_publish, tap, num_rows, mailbox, ids, weights, columns)
+        self._publish: Callable[[], Any] | None = partial(_publish, tap, inputs, mailbox)
         with _relaxed_capture(), torch.cuda.stream(self._beside):
             self._take()
             self._publish()
             self._beside.synchronize()
         mailbox.pass_over()
-        super().__init__(tap, num_rows)
+        super().__init__(tap, inputs.num_rows)
 
     def record(self, begun: torch.cuda.Event | None) -> None:
         """Record the kernels on the current stream, behind a forward that began at this event."""
@@ -274,14 +276,7 @@ class _OnStream(GraphStep):
         )
 
 
-def _publish(
-    tap: Tap,
-    num_rows: int,
-    mailbox: Mailbox,
-    ids: list[torch.Tensor],
-    weights: list[torch.Tensor],
-    columns: _Columns,
-) -> None:
+def _publish(tap: Tap, inputs: _Inputs, mailbox: Mailbox) -> None:
     """Launch `publish_rows` on the current stream."""
     from expert_lens import kernels
 
@@ -289,11 +284,12 @@ def _publish(
         per_block: int = per_word * kernels.BLOCK_WORDS
         return -(-values // per_block)
 
+    ids, weights, columns = inputs.ids, inputs.weights, inputs.columns
     ids_per_word = 8 if tap.num_experts <= 256 else 4
-    num_ids = num_rows * len(ids) * tap.top_k
+    num_ids = inputs.num_rows * len(ids) * tap.top_k
     some_column = any(column is not None for column in (columns.token_ids, columns.positions, columns.kv_slots))
     id_blocks = blocks(num_ids, ids_per_word)
-    column_blocks = blocks(num_rows, 2) if some_column else 0
+    column_blocks = blocks(inputs.num_rows, 2) if some_column else 0
     weight_blocks = blocks(num_ids, 4) if weights else 0
     kernels.publish_rows[(id_blocks + column_blocks + weight_blocks,)](
         mailbox.state,

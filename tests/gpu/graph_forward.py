@@ -1,5 +1,6 @@
 """A forward in a CUDA graph whose rows follow from step and position, and that publishes by itself."""
 
+import gc
 from typing import Any
 from zlib import crc32
 
@@ -59,6 +60,7 @@ class GraphForward:
                 self.run()
                 tap.end()
         self.stream.synchronize()
+        gc.collect()  # a graph that is freed while another one is captured spoils the capture
         with torch.cuda.graph(self.graph, stream=self.stream):
             columns_in_graph = self.run()
             held = tap.end()

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from graph_forward import GraphForward, make_tap
 from patterns import K, L, OnDevice, publish
 from test_publishing import EDGE_STEPS, SIZES, STEPS, report, start_reader
+from watching import Watch
 
 from expert_lens import graphs, kernels
 from expert_lens._core import MAILBOX_ENTRIES, RowStream
@@ -518,22 +520,23 @@ def test_a_layer_that_is_silent_inside_a_capture_is_named(taps: list[Tap]) -> No
         graphs.record(tap, held, 4)
 
 
-def test_rows_are_there_when_their_number_is(monkeypatch: pytest.MonkeyPatch, taps: list[Tap]) -> None:
-    """One replay at a time, so that the reader stands at the newest record and comes to it as it is published."""
+def test_rows_are_there_when_their_number_is(
+    monkeypatch: pytest.MonkeyPatch, taps: list[Tap], captures_directory: Path
+) -> None:
+    """The last bytes of a record, read as soon as its number can be seen, are those that stay there."""
     monkeypatch.setenv("EXPERT_LENS_PUBLISHER", GRAPH)
-    tap = make_tap("edge", on_full="wait", wait_timeout=30.0)
+    tap = make_tap("edge")
     taps.append(tap)
-    reader = start_reader("edge", rows_a_block=1, patience=0.0)
+    stream = RowStream("edge")
     forwards = {rows: GraphForward(tap, rows) for rows in (64, 1, 4096, 300)}
-    sent = 0
+    watch = Watch(captures_directory, "edge")
     for step in range(EDGE_STEPS):
         rows = (64, 1, 4096, 300)[step % 4]
         assert forwards[rows].replay(rows) == step
-        torch.cuda.synchronize()
-        sent += rows
-    tap.close()
-    found = report(reader)
-    assert (found["rows"], found["wrong"], found["wrong_tokens"], found["corrupt"]) == (sent, 0, 0, 0)
+        at_once, later = watch.newest()
+        check(read(stream, rows), 128)
+        np.testing.assert_array_equal(at_once, later[-len(at_once) :])
+        stream.release()
     assert tap.error is None
 
 
