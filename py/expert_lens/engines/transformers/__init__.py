@@ -1,7 +1,7 @@
 """Hugging Face transformers: attach to a model, and see the experts that its tokens go to.
 
 `layers` finds the routed layers, `attachment` holds the hooks and decides what each forward was, `generate` follows
-a `generate` call, `continuous` follows continuous batching, `requests` numbers and names what they find.
+a `generate` call, `continuous` follows continuous batching, `requests` tells the positions of rows.
 """
 
 import sys

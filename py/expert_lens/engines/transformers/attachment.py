@@ -14,12 +14,12 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from expert_lens._core import Writer
+from expert_lens.engines.names import RequestNames
 from expert_lens.engines.transformers.continuous import ContinuousBatches
 from expert_lens.engines.transformers.generate import Columns, GenerateCall, follow_criteria
 from expert_lens.engines.transformers.layers import RoutedLayer, RoutedModel, find_routed_layers
 from expert_lens.engines.transformers.patch import MISSING, Patch, StandIn, forget_compiled_code, uncompiled
 from expert_lens.engines.transformers.plain import PlainForwards
-from expert_lens.engines.transformers.requests import RequestNames
 from expert_lens.errors import EngineHookError, SilentTapError, UnsupportedModelError
 from expert_lens.tap import Step, Tap
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from expert_lens.engines.transformers.requests import RequestNames, next_number
+from expert_lens.engines.names import RequestNames, next_number
 from expert_lens.errors import EngineHookError
 from expert_lens.tap import U32, Rows, Step, Tap
 

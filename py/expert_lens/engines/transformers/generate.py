@@ -9,7 +9,8 @@ import torch
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from expert_lens.engines.transformers.requests import RequestNames, Sequences, join_rows, real_tokens
+from expert_lens.engines.names import RequestNames
+from expert_lens.engines.transformers.requests import Sequences, join_rows, real_tokens
 from expert_lens.errors import EngineHookError
 from expert_lens.tap import Rows, Step, Tap
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from expert_lens.engines.names import RequestNames
 from expert_lens.engines.transformers.generate import Columns
-from expert_lens.engines.transformers.requests import RequestNames, Sequences, real_tokens
+from expert_lens.engines.transformers.requests import Sequences, real_tokens
 from expert_lens.tap import Step, Tap
 
 if TYPE_CHECKING:
