@@ -2,7 +2,8 @@
 
     import expert_lens
 
-    lens = expert_lens.attach(model)          # a transformers model, or the name of a running capture
+    lens = expert_lens.attach(model)          # a transformers model, an sglang.Engine (call enable() before it starts),
+                                              # or the name of a running capture
     lens                                      # in a notebook: the live heatmap
     lens.counts()                             # tokens by layer and expert
     lens.routed_experts("0.0")                # every token's experts, bit-exact
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from expert_lens import errors
 from expert_lens._core import __version__
+from expert_lens.enabling import enable
 from expert_lens.errors import ExpertLensError, MissingRowsError
 from expert_lens.lens import Lens, attach, captures, open_trace
 
@@ -28,6 +30,7 @@ __all__ = [
     "__version__",
     "attach",
     "captures",
+    "enable",
     "errors",
     "open_trace",
     "scan",

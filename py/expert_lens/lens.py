@@ -103,23 +103,24 @@ def attach(
     lossless: bool | None = None,
     directory: str | os.PathLike[str] | None = None,
 ) -> Lens:
-    """See the routed experts of a model in this process, or of a running capture by its name.
+    """See the routed experts of a model in this process, of an engine's, or of a running capture by its name.
 
-    `engine`: a transformers model, or the name of a capture (see `captures`). `tokenizer`: gives `frame` a column of
+    `engine`: a transformers model, an `sglang.Engine` started behind `enable()`, or the name of a capture (see
+    `captures`). `tokenizer`: gives `frame` a column of
     text. `weights`: also capture the routing weights. `memory`: what the requests' rows may take here; the oldest
     requests make way. `history`: rows kept for `counts(last=...)`.
 
     For a model: `name` of the capture (made from the process id if None), `arena` size of its shared memory,
     `on_full` what happens to a step for which there is no room: "drop" it and count it, or "wait" up to
-    `wait_timeout` seconds. For a name, the publishing process decides all of these.
+    `wait_timeout` seconds. For an engine and a name, the publishing process decides all of these.
 
-    `lossless`: have the publisher keep what this lens has not read. By default true for a model, and false for a
-    name: a notebook that somebody stopped must not take the room of a running server. `directory`: where captures
+    `lossless`: have the publisher keep what this lens has not read. By default true for a model or an engine, and false
+    for a name: a notebook that somebody stopped must not take the room of a running server. `directory`: where captures
     are, $EXPERT_LENS_DIR or /dev/shm/expert-lens-<uid> if None.
 
-    Raises NotMoEError and UnsupportedModelError for what cannot be seen into, CaptureNotFoundError for an unknown
-    name, CaptureInUseError for a name that is taken, ArenaSpaceError when the arena does not fit, OptionError for an
-    option that cannot be used.
+    Raises NotMoEError and UnsupportedModelError for what cannot be seen into, EngineHookError for an engine that was
+    not enabled or is not known, CaptureNotFoundError for an unknown name, CaptureInUseError for a name that is taken,
+    ArenaSpaceError when the arena does not fit, OptionError for an option that cannot be used.
     """
     where = None if directory is None else check_folder_path("directory", directory)
     memory_bytes, arena_bytes = parse_bytes("memory", memory), parse_bytes("arena", arena)
@@ -131,26 +132,26 @@ def attach(
     lossless = None if lossless is None else check_flag("lossless", lossless)
     if name is not None:
         check_capture_name(name)
-    if isinstance(engine, str):
-        check_capture_name(engine)
-        defaults = {"name": None, "arena": "256MiB", "on_full": "drop", "wait_timeout": 1.0, "weights": False}
-        given = {"name": name, "arena": arena, "on_full": on_full, "wait_timeout": wait_timeout, "weights": weights}
-        ours = [option for option, value in given.items() if value != defaults[option]]
-        if ours:
-            raise OptionError(
-                f"{', '.join(ours)} cannot be chosen when attaching to capture {engine!r} by name: the process that "
-                "publishes it has decided. Leave it out."
-            )
+    found = None if isinstance(engine, str) else find_engine(engine)
+    if isinstance(engine, str) or hasattr(found, "find_capture"):
+        options = {"name": name, "arena": arena, "on_full": on_full, "wait_timeout": wait_timeout, "weights": weights}
+        _refuse_publishers_options(options)
+        capture = check_capture_name(engine) if found is None else found.find_capture(engine, where)
         collector = _core.Collector(
-            engine, directory=where, lossless=bool(lossless), memory_bytes=memory_bytes, history=history, prompt=True
+            capture,
+            directory=where,
+            # What a notebook does to an engine of its own is its own affair.
+            lossless=found is not None if lossless is None else lossless,
+            memory_bytes=memory_bytes,
+            history=history,
+            prompt=True,
         )
         return Lens(collector, tokenizer, directory=where, memory_bytes=memory_bytes)
-
-    found = find_engine(engine)
     if found is None:
         raise UnsupportedModelError(
             f"expert_lens cannot attach to a {type(engine).__module__}.{type(engine).__qualname__}. Give a "
-            "transformers model (PreTrainedModel), or the name of a running capture; expert_lens.captures() lists them."
+            "transformers model (PreTrainedModel), an sglang.Engine, or the name of a running capture; "
+            "expert_lens.captures() lists them."
         )
     engine_name = found.__name__.rpartition(".")[2]
     capture = f"{engine_name}-{os.getpid()}-{next(_attached)}" if name is None else name
@@ -177,6 +178,15 @@ def attach(
         tap.close()
         raise
     return Lens(collector, tokenizer, tap=tap, directory=where, memory_bytes=memory_bytes)
+
+
+def _refuse_publishers_options(given: dict[str, Any]) -> None:
+    defaults = {"name": None, "arena": "256MiB", "on_full": "drop", "wait_timeout": 1.0, "weights": False}
+    if ours := [option for option, value in given.items() if value != defaults[option]]:
+        raise OptionError(
+            f"{', '.join(ours)} cannot be chosen when attaching to a capture that another process publishes: that "
+            "process has decided. Leave it out; expert_lens.enable takes such options."
+        )
 
 
 def open_trace(

@@ -392,6 +392,15 @@ class Tap:
         else:
             self.lost_tokens += num_rows
 
+    def publish_prefix(self, spans: Sequence[Span], kv_slots: torch.Tensor) -> None:
+        """State where in the engine's cache the beginnings of requests stand: `Writer.publish_prefix`.
+
+        `kv_slots`: int32 [n] on a GPU, computed on the current stream.
+        """
+        if self.active:
+            stream = torch.cuda.current_stream(kv_slots.device).cuda_stream
+            self._submit(partial(self._write_prefix, spans, kv_slots, stream))
+
     def finish(self, number: int, request: str, num_positions: int, state: Literal["finished", "aborted"]) -> None:
         """State that a request has ended, after all that was published before."""
         self._submit(lambda: self.writer.finish(number, request, num_positions, state))
@@ -466,6 +475,9 @@ class Tap:
             kv_slots=None if rows.kv_slots is None else rows.kv_slots.data_ptr(),
             weights=None if weights is None else weights.data_ptr(),
         )
+
+    def _write_prefix(self, spans: Sequence[Span], kv_slots: torch.Tensor, stream: int) -> None:
+        self.writer.publish_prefix(spans, kv_slots.data_ptr(), device=kv_slots.get_device(), stream=stream)
 
     def set_batch(self, spans: Sequence[Span]) -> None:
         """State whose rows the next record holds, unless the last one did; for who has the turn."""

@@ -1,11 +1,15 @@
-"""The engines that expert_lens can see into; each is a module with `matches` and `attach`."""
+"""The engines that expert_lens can see into.
+
+Each is a module with `matches`, and with `attach` for an engine that runs its model in this process, or `find_capture`
+for one that runs it in processes of its own.
+"""
 
 import importlib
 from types import ModuleType
 
 __all__ = ["find_engine"]
 
-ENGINES = ("transformers",)
+ENGINES = ("transformers", "sglang")
 
 
 def find_engine(obj: object) -> ModuleType | None:

@@ -1,0 +1,65 @@
+"""SGLang: the experts that a server's or an `sglang.Engine`'s tokens go to, while its scheduler overlaps with the GPU.
+
+SGLang runs the model in scheduler processes. There `plugin` is its entry point, `contract` says what it holds on to,
+`scheduler` has the hooks, `capturer` takes the experts and publishes them, `requests` knows whose they are, `model`
+what the model and the ranks are. In the process of whoever attaches there is only this: finding their capture.
+"""
+
+import os
+import sys
+from typing import Any
+
+from expert_lens import _core
+from expert_lens.enabling import ENVIRONMENT
+from expert_lens.errors import CaptureNotFoundError, EngineHookError
+
+__all__ = ["find_capture", "matches"]
+
+
+def matches(obj: object) -> bool:
+    """Whether the object is an `sglang.Engine`. Imports nothing: without SGLang there is none."""
+    module = sys.modules.get("sglang.srt.entrypoints.engine")
+    engine_class = getattr(module, "Engine", None)
+    return engine_class is not None and isinstance(obj, engine_class)
+
+
+def find_capture(engine: Any, directory: str | None) -> str:
+    """The name of the capture that the engine's schedulers publish.
+
+    Raises EngineHookError if they publish none: the engine was not enabled, or this release of SGLang is not known.
+    """
+    schedulers = set(engine.get_all_child_pids())
+    for facts in _core.captures(directory):
+        if facts["alive"] and not schedulers.isdisjoint(_ancestors(facts["pid"])):
+            return facts["capture"]
+    if not os.environ.get(ENVIRONMENT):
+        raise EngineHookError(
+            "this sglang.Engine was started without expert_lens. Call expert_lens.enable() before sglang.Engine(...), "
+            f"or set {ENVIRONMENT}=1 in the environment of a server, and start it again."
+        )
+    from expert_lens.engines.sglang import contract
+
+    if problems := contract.problems():
+        import sglang
+
+        raise EngineHookError(
+            f"SGLang {sglang.__version__} has moved what expert_lens holds on to; it knows releases "
+            f"{contract.RELEASES}. Missing: {'; '.join(problems)}."
+        )
+    raise CaptureNotFoundError(
+        "the engine's schedulers publish no capture. Their log says why, in a line that begins with 'expert_lens'; was "
+        "expert_lens.enable() called before the engine was started?"
+    )
+
+
+def _ancestors(pid: int) -> list[int]:
+    """The process, its parent, and so on."""
+    found = []
+    while pid > 1:
+        found.append(pid)
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                pid = int(file.read().rpartition(b")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
+            break
+    return found

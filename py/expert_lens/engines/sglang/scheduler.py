@@ -1,0 +1,142 @@
+"""The hooks in a scheduler's process, and the capture that they feed."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from expert_lens._core import Writer
+from expert_lens.engines.sglang import contract, model
+from expert_lens.engines.sglang.capturer import Capturer
+from expert_lens.errors import NotMoEError
+from expert_lens.tap import Tap
+
+__all__ = ["SchedulerHooks"]
+
+log = logging.getLogger(__name__)
+
+
+class SchedulerHooks:
+    """What runs at the places of `contract`; `options` are those of `enabling.enabled`."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+        self._runner: Any = None
+        self._capturer: Capturer | None = None
+        self._tap: Tap | None = None
+
+    def register(self) -> None:
+        """Have SGLang call them."""
+        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+        for place, hook, kind in [
+            (contract.INIT, self.after_init, HookType.AFTER),
+            (contract.INIT_BATCH, self.after_init_batch, HookType.AFTER),
+            (contract.FORWARD, self.before_forward, HookType.BEFORE),
+            (contract.DECODE_CAPTURE, self.around_decode_capture, HookType.AROUND),
+            (contract.RELEASE, self.before_release, HookType.BEFORE),
+        ]:
+            path = place.find()
+            assert path is not None, "contract.problems() would have named it"
+            HookRegistry.register(path.replace(":", "."), hook, kind)
+
+    def after_init(self, _: Any, runner: Any) -> None:
+        """The model is loaded and the KV pool made; no graph is captured yet.
+
+        A draft model's runner comes by here too, behind its target's: in some releases it sets a capturer of its own.
+        """
+        if runner.is_draft_worker:
+            if self._capturer is not None:
+                self._set(self._capturer)
+            return
+        try:
+            self._attach(runner)
+        except Exception as error:
+            log.error("expert_lens captures nothing: %s: %s", type(error).__name__, error)
+
+    def _attach(self, runner: Any) -> None:
+        rank = model.publishing_rank(runner)
+        if rank is None:
+            return
+        facts = model.facts(runner)
+        if not facts["layers"]:
+            raise NotMoEError(f"{facts['model']} has no layer that routes tokens to experts")
+        options = dict(self._options)
+        name = options.pop("name") or f"sglang-{os.getppid()}"
+        writer = Writer(name, rank=rank, **facts, **options)
+        tap = Tap(writer, layers=facts["layers"], num_experts=facts["num_experts"], top_k=facts["top_k"])
+        self._capturer = Capturer(
+            runner,
+            self._get(),
+            tap,
+            static_rows=_largest_forward(runner),
+            slots=model.slots_are_lasting(runner),
+        )
+        self._set(self._capturer)
+        self._runner, self._tap = runner, tap
+        log.info("expert_lens publishes as capture %s, rank %d", name, rank)
+
+    def after_init_batch(self, batch: Any, _: Any, made_of: Any, model_runner: Any, *__: Any, **___: Any) -> None:
+        """A batch was made ready for a forward."""
+        if model_runner is self._runner and self._capturer is not None and batch.extend_seq_lens_cpu is not None:
+            self._guard(self._capturer.requests.admit, made_of.reqs)
+
+    def before_forward(self, runner: Any, forward_batch: Any, *_: Any, **__: Any) -> None:
+        """A forward begins, on its stream."""
+        if runner is self._runner and self._capturer is not None:
+            self._capturer.begin(forward_batch)
+
+    def around_decode_capture(self, capture: Callable[..., Any], graph_runner: Any, *args: Any, **kwargs: Any) -> Any:
+        """A decode graph is captured."""
+        if self._capturer is None or graph_runner.model_runner is not self._runner:
+            return capture(graph_runner, *args, **kwargs)
+        with self._capturer.capturing(graph_runner):
+            result = capture(graph_runner, *args, **kwargs)
+            self._guard(self._follow, graph_runner, result)
+        return result
+
+    def _follow(self, graph_runner: Any, result: Any) -> None:
+        backend = getattr(graph_runner, "backend", None)
+        graph = result[0] if backend is None else next(reversed(getattr(backend, "_graphs", {}).values()), None)
+        if self._capturer is not None and isinstance(graph, torch.cuda.CUDAGraph):
+            self._capturer.follow(graph)
+
+    def before_release(self, req: Any, *_: Any, **__: Any) -> None:
+        """A request gives its KV slots back."""
+        if self._capturer is not None:
+            self._guard(self._capturer.requests.release, req)
+
+    def _guard(self, work: Callable[..., None], *args: Any) -> None:
+        """Do something of ours inside the scheduler: an error of ours must not become one of its."""
+        try:
+            work(*args)
+        except Exception as error:
+            if self._tap is not None:
+                self._tap.fail(error)
+
+    @staticmethod
+    def _get() -> Any:
+        return _capturer_module().get_global_experts_capturer()
+
+    @staticmethod
+    def _set(capturer: Any) -> None:
+        _capturer_module().set_global_experts_capturer(capturer)
+
+
+def _capturer_module() -> Any:
+    path = contract.CAPTURER.find()
+    assert path is not None, "contract.problems() would have named it"
+    return importlib.import_module(path.partition(":")[0])
+
+
+def _largest_forward(runner: Any) -> int:
+    """Rows of the largest forward: a chunk of prompts, or the largest graph, with all that decode beside it."""
+    args = runner.server_args
+    chunk = getattr(args, "chunked_prefill_size", None) or 0
+    prefill = chunk if chunk > 0 else getattr(args, "max_prefill_tokens", 0) or 16384
+    return int(max(prefill, 4096) + runner.max_running_requests)
