@@ -27,6 +27,7 @@ BENCHMARKS: dict[str, tuple[str, list[str]]] = {
     "gpu_batching": ("On a GPU: `generate_batch` and prefill", [sys.executable, "benchmarks/gpu_batching.py"]),
     "gpu_publish": ("On a GPU: what an eager publish costs", [sys.executable, "benchmarks/gpu_publish.py"]),
     "gpu_generate": ("On a GPU: `generate`", [sys.executable, "benchmarks/gpu_generate.py"]),
+    "gpu_sglang": ("On a GPU: SGLang", [sys.executable, "benchmarks/gpu_sglang.py"]),
 }
 SHOWN = ("name", "unit", "median", "spread", "bar")
 

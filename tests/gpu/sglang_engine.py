@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import sglang
+from sglang_spy import install, read_consumed
 
 import expert_lens
 from expert_lens.errors import MissingRowsError
@@ -54,7 +55,7 @@ ENGINE: dict[str, Any] = {
     "sampling_backend": "pytorch",
     "grammar_backend": "none",
     "moe_runner_backend": "triton",
-    "mem_fraction_static": 0.2,
+    "mem_fraction_static": 0.6,
     "max_total_tokens": 60_000,
     "cuda_graph_max_bs_decode": 64,
     "disable_prefill_cuda_graph": True,
@@ -103,7 +104,7 @@ class Waves:
         return results
 
     def mixed(self) -> None:
-        """Prompts and outputs of many lengths; shared beginnings, second turns, repeats; long prompts beside decodes."""
+        """Prompts and outputs of many lengths; shared beginnings, second turns, repeats; long ones beside decodes."""
         rng = self.rng
         self.run([self.new(k) for k in rng.integers(3, 900, 24)], rng.integers(1, 120, 24))
         shared = [self.new(k) for k in (64, 200, 333, 517)]
@@ -114,6 +115,10 @@ class Waves:
         self.run(turns[:12] + [self.new(k) for k in rng.integers(3, 500, 12)], rng.integers(2, 60, 24))
         long = [self.new(2500), self.new(40), self.new(1200)] + [self.new(k) for k in rng.integers(3, 60, 60)]
         self.run(long, [30, 200, 40, *rng.integers(20, 150, 60)])
+
+    def many_at_once(self) -> None:
+        """More than a small pool has room for, so that requests are retracted and begin again."""
+        self.run([self.new(k) for k in self.rng.integers(20, 60, 24)], [250] * 24)
 
 
 def compare(lens: Any, native: dict[str, Any]) -> dict[str, int]:
@@ -150,13 +155,13 @@ def told(lens: Any) -> dict[str, Any]:
 
 
 def check(options: dict[str, Any]) -> dict[str, Any]:
-    repeats = options.pop("repeats", 1)
+    repeats, wave = options.pop("repeats", 1), options.pop("wave", "mixed")
     expert_lens.enable()
     engine, shape = start(options)
     lens = expert_lens.attach(engine)
     waves = Waves(engine, shape)
     for _ in range(repeats):
-        waves.mixed()
+        getattr(waves, wave)()
     found: dict[str, Any] = {**compare(lens, waves.native), "cached": waves.cached, **told(lens)}
     found["control"] = altered(lens, waves.native)
     found["states"] = sorted(set(lens._collector.requests()["state"]))
@@ -172,32 +177,91 @@ def check(options: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def spy(what: str, options: dict[str, Any]) -> None:
+    """Have the engine that is started next load `sglang_spy`."""
+    folder = Path(tempfile.mkdtemp())
+    install(folder)
+    os.environ.update(
+        PYTHONPATH=f"{folder}:{os.environ['PYTHONPATH']}",
+        SGLANG_SPY=what,
+        SGLANG_SPY_LAYERS=str(options.get("model_num_hidden_layers", MODEL["num_hidden_layers"])),
+    )
+
+
 def alone(options: dict[str, Any]) -> dict[str, Any]:
-    """Single requests, one after another: what the lens has of each, into a file; SGLang's own rows if it has them."""
-    keep = options.pop("keep")
-    use_lens = options.pop("lens")
-    if use_lens:
-        expert_lens.enable()
-    engine, shape = start(options)
-    lens = expert_lens.attach(engine) if use_lens else None
-    waves = Waves(engine, shape)
-    prompts = [waves.new(k) for k in (3, 40, 700, 2500, 17)]
-    rows, outputs = [], []
-    for prompt in prompts:
-        chosen = {"max_new_tokens": 60, "ignore_eos": True, "temperature": 0.0}
-        more = {"return_routed_experts": True} if options.get("enable_return_routed_experts", True) else {}
-        result = engine.generate(input_ids=prompt, sampling_params=chosen, **more)
-        outputs.append(result["output_ids"])
-        if lens is not None:
-            rows.append(lens.routed_experts(result["meta_info"]["id"]))
-        else:
-            native = np.frombuffer(base64.b64decode(result["meta_info"]["routed_experts"]), np.int32)
-            rows.append(native.reshape(-1, *shape))
-    np.savez(keep, *rows, outputs=np.array(outputs))
-    if lens is not None:
-        lens.close()
+    """Single requests, one after another, with SGLang's own capture off and its graphs off: what the lens has of each
+    beside what the MoE kernel consumed; and, by an engine of its own, what SGLang's capture gives.
+    """
+    lengths, shape = (3, 40, 700, 2500, 17), (MODEL["num_hidden_layers"], MODEL["num_experts_per_tok"])
+    quiet = {"disable_cuda_graph": True, "disable_radix_cache": True, **options}
+    chosen = {"max_new_tokens": 60, "ignore_eos": True, "temperature": 0.0}
+    found: dict[str, Any] = {"ids": 0, "not_as_consumed": 0, "not_as_native": 0, "outputs_differ": 0}
+
+    engine, _ = start(quiet)
+    waves, native = Waves(engine, shape), []
+    for length in lengths:
+        prompt = waves.new(length)
+        result = engine.generate(input_ids=prompt, sampling_params=chosen, return_routed_experts=True)
+        rows = np.frombuffer(base64.b64decode(result["meta_info"]["routed_experts"]), np.int32)
+        native.append((prompt, result["output_ids"], rows.reshape(-1, *shape)))
     engine.shutdown()
-    return {"rows": sum(map(len, rows)), "ids": sum(one.size for one in rows)}
+
+    file = tempfile.mktemp()
+    spy(f"consumed:{file}", options)
+    expert_lens.enable()
+    engine, _ = start({**quiet, "enable_return_routed_experts": False})
+    lens = expert_lens.attach(engine)
+    for prompt, output, rows in native:
+        Path(file).write_bytes(b"")
+        result = engine.generate(input_ids=prompt, sampling_params=chosen)
+        ours = lens.routed_experts(result["meta_info"]["id"])
+        time.sleep(0.5)  # a step that overlapped the end
+        consumed = read_consumed(file)[: len(ours)]
+        assert ours.shape == rows.shape == consumed.shape
+        found["ids"] += ours.size
+        found["not_as_consumed"] += int((ours != consumed).sum())
+        found["outputs_differ"] += result["output_ids"] != output
+        found["not_as_native"] += int((ours != rows).sum())
+    lens.close()
+    engine.shutdown()
+    return found
+
+
+def control(options: dict[str, Any]) -> dict[str, Any]:
+    """As `check`, small, with one id altered on its way to the lens."""
+    spy("altered", options)
+    expert_lens.enable()
+    engine, shape = start(options)
+    lens = expert_lens.attach(engine)
+    waves = Waves(engine, shape)
+    for _ in range(4):
+        waves.run([waves.new(20)], [5])
+    found = compare(lens, waves.native)
+    lens.close()
+    engine.shutdown()
+    return found
+
+
+def timing(options: dict[str, Any]) -> dict[str, Any]:
+    """What expert_lens takes of the scheduler's thread in a decode step, in microseconds, by the number of rows."""
+    file = tempfile.mktemp()
+    spy(f"timed:{file}", options)
+    expert_lens.enable()
+    engine, shape = start({**options, "enable_return_routed_experts": False})
+    lens = expert_lens.attach(engine)
+    waves = Waves(engine, shape)
+    chosen = {"max_new_tokens": 600, "ignore_eos": True, "temperature": 0.0}
+    for rows in (1, 64, 1, 64):
+        engine.generate(input_ids=[waves.new(20) for _ in range(rows)], sampling_params=chosen)
+    lens.close()
+    engine.shutdown()
+    lines = [line.split() for line in Path(file).read_text().splitlines()]
+    found: dict[str, Any] = {}
+    for rows in (1, 64):
+        took = [float(spent) for of, spent in lines if int(of) == rows]
+        quartiles = [round(float(np.percentile(took, q)), 2) for q in (25, 50, 75, 99)]
+        found[f"n = {rows}"] = {"steps": len(took), "quartiles and p99": quartiles}
+    return found
 
 
 def abort(options: dict[str, Any]) -> dict[str, Any]:
@@ -213,39 +277,38 @@ def abort(options: dict[str, Any]) -> dict[str, Any]:
             asyncio.create_task(engine.async_generate(input_ids=waves.new(50), sampling_params=chosen, rid=f"r{i}"))
             for i in range(4)
         ]
-        await asyncio.sleep(1.5)
+        while len(tokens := lens._collector.requests()["tokens"]) < 4 or min(tokens) < 60:
+            await asyncio.sleep(0.05)
         for rid in ("r1", "r2"):
             engine.tokenizer_manager.abort_request(rid=rid)
         return await asyncio.gather(*tasks)
 
     results = engine.loop.run_until_complete(run())
-    counts = [len(result["output_ids"]) for result in results]
     states = lens._collector.requests()
-    rows = [len(lens.routed_experts(f"r{i}")) for i in range(4)]
+    found = {
+        "outputs": {f"r{i}": len(result["output_ids"]) for i, result in enumerate(results)},
+        "rows": {f"r{i}": len(lens.routed_experts(f"r{i}")) for i in range(4)},
+        "state": dict(zip(states["request"], states["state"], strict=True)),
+    }
     lens.close()
     engine.shutdown()
-    return {
-        "outputs": counts,
-        "rows": rows,
-        "requests": {key: [str(x) for x in value] for key, value in states.items()},
-    }
+    return found
 
 
 def off(options: dict[str, Any]) -> dict[str, Any]:
-    """Not enabled: no module of ours in the scheduler, and `attach` says what to do."""
+    """Not enabled: nothing of ours is loaded that publishes, and `attach` says what to do."""
     os.environ.pop("EXPERT_LENS_ENABLE", None)
     engine, _ = start(options)
-    maps = [Path(f"/proc/{pid}/maps").read_text() for pid in engine.get_all_child_pids()]
     try:
         expert_lens.attach(engine)
         message = ""
     except expert_lens.errors.EngineHookError as error:
         message = str(error)
     engine.shutdown()
-    return {"message": message, "captures": expert_lens.captures(), "mapped": sum("fused" in one for one in maps)}
+    return {"message": message, "captures": expert_lens.captures()}
 
 
-JOBS = {"check": check, "alone": alone, "abort": abort, "off": off}
+JOBS = {"check": check, "alone": alone, "control": control, "abort": abort, "off": off, "timing": timing}
 
 if __name__ == "__main__":
     began = time.monotonic()

@@ -18,7 +18,7 @@ import pytest
 import torch
 from graph_forward import GraphForward, make_tap
 from patterns import K, L, OnDevice, publish
-from test_publishing import EDGE_STEPS, SIZES, STEPS, report, start_reader
+from test_publishing import SIZES, STEPS, report, start_reader
 from watching import Watch
 
 from expert_lens import graphs, kernels
@@ -528,10 +528,11 @@ def test_rows_are_there_when_their_number_is(
     tap = make_tap("edge")
     taps.append(tap)
     stream = RowStream("edge")
-    forwards = {rows: GraphForward(tap, rows) for rows in (64, 1, 4096, 300)}
+    sizes = [64, 1, 4096, 300] * 5 + [65536]  # the last one has more blocks than run at a time
+    forwards = {rows: GraphForward(tap, rows) for rows in set(sizes)}
     watch = Watch(captures_directory, "edge")
-    for step in range(EDGE_STEPS):
-        rows = (64, 1, 4096, 300)[step % 4]
+    for step in range(600):
+        rows = sizes[step % len(sizes)]
         assert forwards[rows].replay(rows) == step
         at_once, later = watch.newest()
         check(read(stream, rows), 128)

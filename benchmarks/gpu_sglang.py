@@ -1,0 +1,172 @@
+"""SGLang's own experiment on one GPU, Qwen3-30B-A3B's shape with dummy weights: `python benchmarks/gpu_sglang.py`.
+
+Modes, each an engine of its own, started in turn and some of them twice: `off`: without the plugin; `lens`: a lens
+attached in the process of the engine, which counts and keeps every row; `native`: SGLang's `return_routed_experts`
+with overlap scheduling, `native, no overlap`: without it. The same prompts in every run: 1 request of 1024 + 1024
+tokens, 64 of 1024 + 512, each several times after a warm-up.
+
+A decode step: the time between two tokens of one request as they arrive, once all requests decode. A figure of the
+lens or of SGLang's capture is relative to the mean of the runs with `off`. Last, by an engine of few small layers: what
+the lens takes of the scheduler's thread in a step, launch left out (tests/gpu/sglang_spy.py).
+"""
+
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ORDER = ("off", "lens", "native", "lens", "off")
+EXPERIMENTS = ((1, 1024), (64, 512))
+PROMPT, RUNS, SKIPPED = 1024, 2, 48
+TESTS = Path(__file__).parent.parent / "tests" / "gpu"
+MODEL: dict[str, Any] = {
+    "head_dim": 128,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "vocab_size": 151936,
+}
+ENGINE: dict[str, Any] = {
+    "mem_fraction_static": 0.9,
+    "max_total_tokens": None,
+    "disable_radix_cache": True,
+    "chunked_prefill_size": 8192,
+    "log_level": "warning",
+}
+
+
+def run_mode(mode: str) -> None:
+    """Start an engine, run the experiments, and print what each run gave."""
+    sys.path.insert(0, str(TESTS))
+    import sglang_engine
+
+    import expert_lens
+
+    native = mode.startswith("native")
+    if mode == "lens":
+        expert_lens.enable()
+    options = {f"model_{key}": value for key, value in MODEL.items()}
+    overlap = {"disable_overlap_schedule": True} if mode.endswith("no overlap") else {}
+    engine, _ = sglang_engine.start({**options, **ENGINE, **overlap, "enable_return_routed_experts": native})
+    lens = expert_lens.attach(engine) if mode == "lens" else None
+    more = {"return_routed_experts": True} if native else {}
+
+    async def one(prompt: list[int], output: int) -> list[float]:
+        chosen = {"max_new_tokens": output, "ignore_eos": True, "temperature": 0.0}
+        tokens = await engine.async_generate(input_ids=prompt, sampling_params=chosen, stream=True, **more)
+        return [time.perf_counter() async for _ in tokens]
+
+    async def other(prompt: list[int], output: int) -> None:
+        chosen = {"max_new_tokens": output, "ignore_eos": True, "temperature": 0.0}
+        await engine.async_generate(input_ids=prompt, sampling_params=chosen, **more)
+
+    async def all_of_them(prompts: list[list[int]], output: int) -> list[float]:
+        found = await asyncio.gather(one(prompts[0], output), *(other(prompt, output) for prompt in prompts[1:]))
+        return found[0]
+
+    def experiment(requests: int, output: int) -> dict[str, Any]:
+        rng = np.random.default_rng(requests)
+        prompts = [rng.integers(1000, 100_000, PROMPT).tolist() for _ in range(requests)]
+        began = time.perf_counter()
+        arrived = engine.loop.run_until_complete(all_of_them(prompts, output))
+        took = time.perf_counter() - began
+        steps = np.diff(arrived[SKIPPED:]) * 1e6
+        return {
+            "mode": mode,
+            "n": requests,
+            "tokens/s": requests * output / took,
+            "mean": float(np.mean(steps)),
+            "median": float(np.median(steps)),
+            "p99": float(np.percentile(steps, 99)),
+        }
+
+    for requests, _ in EXPERIMENTS:
+        experiment(requests, SKIPPED + 16)
+    for _ in range(RUNS):
+        for requests, output in EXPERIMENTS:
+            print("RUN " + json.dumps(experiment(requests, output)), flush=True)
+    if lens is not None:
+        stats = lens.stats
+        print(f"lens: {stats['tokens']} rows, {stats['dropped_tokens']} dropped", file=sys.stderr)
+        assert stats["dropped_tokens"] == 0
+        lens.close()
+    engine.shutdown()
+
+
+def start(*arguments: str) -> list[str]:
+    """The lines that a process of its own prints."""
+    with tempfile.TemporaryFile("w+") as log:
+        done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=log, text=True, cwd=TESTS)
+        log.seek(0)
+        print(log.read()[-2000:] if done.returncode else "", file=sys.stderr)
+    return done.stdout.splitlines()
+
+
+def show(name: str, unit: str, values: list[float], **more: Any) -> None:
+    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    line = {"name": name, "unit": unit, "median": round(median, 4), "spread": [round(low, 4), round(high, 4)], **more}
+    print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def report(runs: list[dict[str, Any]]) -> None:
+    """One figure a mode, experiment and measure."""
+    bars = {(1, "step"): "<= 0.15", (64, "step"): "<= 0.1", (1, "speed"): ">= 0.998", (64, "speed"): ">= 0.998"}
+    for n, output in EXPERIMENTS:
+        what = f"n = {n}, {PROMPT} + {output} tokens"
+        of = {mode: [run for run in runs if run["mode"] == mode and run["n"] == n] for mode in dict.fromkeys(ORDER)}
+        if not of["off"]:
+            continue
+        step = statistics.mean(run["mean"] for run in of["off"])
+        speed = statistics.mean(run["tokens/s"] for run in of["off"])
+        show(f"{what}: decode step, off", "µs, mean of a run", [run["mean"] for run in of["off"]])
+        show(f"{what}: throughput, off", "tokens/s", [run["tokens/s"] for run in of["off"]])
+        for mode in of:
+            if mode == "off" or not of[mode]:
+                continue
+            bar = {"bar": bars[n, "step"]} if mode == "lens" else {}
+            show(f"{what}: decode step, {mode} : off", "%", [(run["mean"] / step - 1) * 100 for run in of[mode]], **bar)
+            bar = {"bar": bars[n, "speed"]} if mode == "lens" else {}
+            ratios = [run["tokens/s"] / speed for run in of[mode]]
+            show(f"{what}: throughput, {mode} : off", "throughput ratio", ratios, **bar)
+        for mode in of:
+            if of[mode]:
+                show(f"{what}: decode step, {mode}, median", "µs", [run["median"] for run in of[mode]])
+                show(f"{what}: decode step, {mode}, p99", "µs", [run["p99"] for run in of[mode]])
+
+
+def main() -> None:
+    import sglang
+    import torch
+
+    print(f"# {torch.cuda.get_device_name()}, SGLang {sglang.__version__}, torch {torch.__version__}", flush=True)
+    runs: list[dict[str, Any]] = []
+    for mode in os.environ.get("MODES", ";".join(ORDER)).split(";"):
+        lines = [line for line in start(__file__, mode) if line.startswith("RUN ")]
+        runs += [json.loads(line[4:]) for line in lines]
+        print(f"{mode}: {len(lines)} runs", *lines, sep="\n", file=sys.stderr, flush=True)
+    report(runs)
+    for line in start(str(TESTS / "sglang_engine.py"), "timing", "{}"):
+        if line.startswith('{"n'):
+            for rows, found in json.loads(line).items():
+                if rows.startswith("n = "):
+                    low, median, high, p99 = found["quartiles and p99"]
+                    figure = {"median": median, "spread": [low, high], "p99": p99, "n": found["steps"], "bar": "<= 5"}
+                    name = f"ours on the scheduler's thread a decode step, {rows}"
+                    print(json.dumps({"name": name, "unit": "µs", **figure}, ensure_ascii=False), flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        run_mode(sys.argv[1])
+    else:
+        main()

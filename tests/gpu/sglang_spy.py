@@ -1,0 +1,160 @@
+"""A plugin of SGLang for tests alone: looks at what is used and what is taken, in the scheduler's process.
+
+`install(folder)` makes an entry point of it. SGLANG_SPY names what it does:
+
+* `consumed:FILE`: appends to FILE, a forward behind the other, the experts whose weights the MoE kernel multiplies each
+  row with, as told by its tables `sorted_token_ids` and `expert_ids`: int32 n, L, K, then [n, L, K].
+* `altered`: gives expert_lens one id that is not the one chosen, in the second forward of prompts.
+* `timed:FILE`: appends what expert_lens takes of the scheduler's thread in each decode step by graph, but for the
+  launch: "ROWS MICROSECONDS" a line.
+"""
+
+import inspect
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+NAME = "expert_lens_spy"
+
+
+def install(folder: Path) -> None:
+    """Make `folder`, put on PYTHONPATH, bring this plugin."""
+    shutil.copy(__file__, folder / "sglang_spy.py")
+    info = folder / f"{NAME}-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {NAME}\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{NAME} = sglang_spy:register\n")
+
+
+def register() -> None:
+    import multiprocessing
+
+    what, _, file = os.environ.get("SGLANG_SPY", "").partition(":")
+    if multiprocessing.current_process().name == "MainProcess" or not what:
+        return
+    {"consumed": consumed, "altered": altered, "timed": timed}[what](file)
+
+
+def consumed(file: str) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    num_layers = int(os.environ["SGLANG_SPY_LAYERS"])
+    layers: list[Any] = []
+    calls = 0
+
+    def around(original: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        named = inspect.signature(original).bind(*args, **kwargs).arguments
+        calls += 1
+        if calls % 2:  # the second one multiplies with the other weights of the same experts
+            num_rows, top_k = named["topk_ids"].shape
+            rows = named["sorted_token_ids"].cpu().numpy()
+            experts = named["expert_ids"].cpu().numpy()
+            padded = int(named["num_tokens_post_padded"].item())
+            block = named["config"]["BLOCK_SIZE_M"]
+            found = np.full(num_rows * top_k, -1, np.int32)
+            places = rows[:padded]
+            chosen = np.repeat(experts[: -(-padded // block)], block)[:padded]
+            real = places < num_rows * top_k
+            found[places[real]] = chosen[real]
+            layers.append(found.reshape(num_rows, top_k))
+            if len(layers) == num_layers:
+                rows_of_all = np.stack(layers, axis=1)
+                with open(file, "ab") as out:
+                    out.write(np.array(rows_of_all.shape, np.int32).tobytes() + rows_of_all.tobytes())
+                layers.clear()
+        return original(*args, **kwargs)
+
+    target = "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_kernels.invoke_fused_moe_kernel"
+    HookRegistry.register(target, around, HookType.AROUND)
+
+
+def read_consumed(file: str) -> Any:
+    """What `consumed` has written, all rows one behind the other: [n, L, K]."""
+    data = np.frombuffer(Path(file).read_bytes(), np.int32)
+    found = []
+    at = 0
+    while at < len(data):
+        shape = data[at : at + 3]
+        size = int(shape.prod())
+        found.append(data[at + 3 : at + 3 + size].reshape(shape))
+        at += 3 + size
+    return np.concatenate(found)
+
+
+def altered(_: str) -> None:
+    from expert_lens.tap import Tap
+
+    layer, calls = Tap.layer, 0
+
+    def changed(tap: Tap, slot: int, ids: Any, weights: Any = None) -> None:
+        nonlocal calls
+        calls += slot == 3 and tap._current.step is not None
+        if slot == 3 and calls == 2:
+            ids = ids.clone()
+            ids[0, 0] = (ids[0, 0] + 1) % tap.num_experts
+        layer(tap, slot, ids, weights)
+
+    Tap.layer = changed  # type: ignore[method-assign]
+
+
+def timed(file: str) -> None:
+    from expert_lens.engines.sglang.capturer import Capturer
+    from expert_lens.engines.sglang.scheduler import SchedulerHooks
+
+    clock = time.perf_counter_ns
+    spent = 0
+    rows = 0
+    lines: list[str] = []
+
+    def around(owner: Any, name: str) -> None:
+        method = getattr(owner, name)
+
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            nonlocal spent
+            began = clock()
+            result = method(*args, **kwargs)
+            spent += clock() - began
+            return result
+
+        setattr(owner, name, measured)
+
+    def replay(capturer: Any, recorded: Any, launch: Any) -> None:
+        nonlocal spent, rows
+        rows = len(capturer._batch.rids) if capturer._batch is not None else 0
+
+        def timed_launch() -> None:
+            nonlocal spent
+            began = clock()
+            launch()
+            spent -= clock() - began
+
+        began = clock()
+        replayed(capturer, recorded, timed_launch)
+        spent += clock() - began
+
+    def on_forward_end(capturer: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal spent, rows
+        native, capturer.native = capturer.native, None
+        began = clock()
+        ended(capturer, *args, **kwargs)
+        spent += clock() - began
+        capturer.native = native
+        if rows:
+            lines.append(f"{rows} {spent / 1e3}\n")
+            if len(lines) == 100:
+                with open(file, "a") as out:
+                    out.writelines(lines)
+                lines.clear()
+        spent = rows = 0
+        return None if native is None else native.on_forward_end(*args, **kwargs)
+
+    replayed, ended = Capturer._replay, Capturer.on_forward_end
+    around(SchedulerHooks, "before_forward")
+    around(SchedulerHooks, "after_init_batch")
+    Capturer._replay = replay  # type: ignore[method-assign]
+    Capturer.on_forward_end = on_forward_end  # type: ignore[method-assign]

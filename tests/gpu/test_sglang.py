@@ -1,0 +1,103 @@
+"""Real SGLang engines, in the ways in which it runs a model on one GPU: rows as its own capture has them, exactly."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "sglang_engine.py"
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang is not installed here"),
+    pytest.mark.timeout(600),
+]
+
+
+def run(job: str, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], str]:
+    """What the job printed last, and its whole log."""
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), job, json.dumps(options or {})],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        cwd=SCRIPT.parent,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    results = [line for line in done.stdout.splitlines() if line.startswith('{"')]
+    assert done.returncode == 0, done.stdout[-6000:]
+    print(job, options, results[-1])
+    return json.loads(results[-1]), done.stdout
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "radix cache": {},
+    "no radix cache": {"disable_radix_cache": True},
+    "chunks of 128": {"chunked_prefill_size": 128},
+    "mixed chunks of 128": {"chunked_prefill_size": 128, "enable_mixed_chunk": True},
+    "no overlap": {"disable_overlap_schedule": True},
+    "no graphs": {"disable_cuda_graph": True},
+    "breakable graphs of prefill": {"disable_prefill_cuda_graph": None, "cuda_graph_backend_prefill": "breakable"},
+    "compiled prefill": {"disable_prefill_cuda_graph": None, "cuda_graph_backend_prefill": "tc_piecewise"},
+    "288 experts": {"model_num_experts": 288, "model_num_hidden_layers": 12},
+    "256 experts, breakable graphs of prefill": {
+        "model_num_experts": 256,
+        "disable_prefill_cuda_graph": None,
+        "cuda_graph_backend_prefill": "breakable",
+    },
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_are_those_of_sglangs_own_capture(way: str) -> None:
+    found, _ = run("check", dict(WAYS[way]))
+    assert (found["requests"], found["different"], found["missing"], found["wrong_length"]) == (159, 0, 0, 0)
+    assert found["ids"] > 5_000_000
+    assert found["dropped_tokens"] == 0
+    assert found["control"] == 1
+    assert found["states"] == ["finished"]
+    assert (found["cached"] > 10_000) == ("disable_radix_cache" not in WAYS[way])
+    assert found["late"]["different"] == 0
+
+
+@pytest.mark.parametrize("publisher", ["stream", "event"])
+def test_other_ways_to_publish(publisher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPERT_LENS_PUBLISHER", publisher)
+    found, _ = run("check")
+    assert (found["requests"], found["different"], found["missing"], found["dropped_tokens"]) == (159, 0, 0, 0)
+
+
+def test_retracted_requests_begin_again() -> None:
+    found, log = run("check", {"max_total_tokens": 3000, "schedule_conservativeness": 0.05, "wave": "many_at_once"})
+    assert "Retract requests" in log
+    assert (found["requests"], found["different"], found["missing"], found["wrong_length"]) == (24, 0, 0, 0)
+
+
+def test_rows_are_what_the_moe_kernel_consumed() -> None:
+    """With SGLang's capture off; and what another engine's capture gave for the same prompts."""
+    found, _ = run("alone")
+    assert found["ids"] > 1_000_000
+    assert (found["not_as_consumed"], found["outputs_differ"], found["not_as_native"]) == (0, 0, 0)
+
+
+def test_one_altered_id_is_found() -> None:
+    found, _ = run("control", {"disable_radix_cache": True})
+    assert (found["different"], found["missing"]) == (1, 0)
+
+
+def test_aborted_requests_end() -> None:
+    found, _ = run("abort", {"model_num_hidden_layers": 8})
+    assert found["state"] == {"r0": "finished", "r1": "aborted", "r2": "aborted", "r3": "finished"}
+    for request, outputs in found["outputs"].items():
+        assert found["rows"][request] == 50 + outputs - 1
+
+
+def test_an_engine_that_was_not_enabled() -> None:
+    found, log = run("off", {"model_num_hidden_layers": 4})
+    assert "expert_lens.enable()" in found["message"]
+    assert found["captures"] == []
+    assert "expert_lens publishes" not in log
