@@ -18,7 +18,7 @@ import transformers
 from expert_lens._core import Collector
 from expert_lens.engines import transformers as engine
 
-TOKENS, ROUNDS = 64, 11
+TOKENS, ROUNDS = 32, 9
 
 
 def make_model() -> Any:

@@ -181,8 +181,8 @@ def spy(what: str, options: dict[str, Any]) -> None:
     """Have the engine that is started next load `sglang_spy`."""
     folder = Path(tempfile.mkdtemp())
     install(folder)
+    sys.path.insert(0, str(folder))  # processes that are spawned get this path, whatever PYTHONPATH says
     os.environ.update(
-        PYTHONPATH=f"{folder}:{os.environ['PYTHONPATH']}",
         SGLANG_SPY=what,
         SGLANG_SPY_LAYERS=str(options.get("model_num_hidden_layers", MODEL["num_hidden_layers"])),
     )
