@@ -1,0 +1,120 @@
+"""Whether SGLang's releases have what expert_lens holds on to: looked for in their sources, not in our own code's way.
+
+The newest release that the registry has is among them, so that one which breaks us is seen when it comes out.
+"""
+
+import inspect
+
+import pytest
+
+from expert_lens.engines.sglang import contract
+from sglang_sources import Sources, download
+
+OLDEST, BETWEEN = "0.5.11", "0.5.15"
+
+
+@pytest.fixture(scope="module", params=[OLDEST, BETWEEN, None], ids=[OLDEST, BETWEEN, "newest"])
+def sources(request: pytest.FixtureRequest) -> Sources:
+    return download(request.param)
+
+
+def first(sources: Sources, *paths: str) -> str:
+    """The first of these classes that the release has."""
+    found = next((path for path in paths if sources.find(path) is not None), None)
+    assert found is not None, f"SGLang {sources.version} has none of {', '.join(paths)}"
+    return found
+
+
+def test_every_place_is_there(sources: Sources) -> None:
+    for place in contract.PLACES:
+        found = [path for path in place.paths if sources.parameters(path) is not None]
+        assert found, f"SGLang {sources.version} has moved where {place.purpose}: none of {', '.join(place.paths)}"
+        lacking = set(place.parameters) - (sources.parameters(found[0]) or set())
+        assert not lacking, f"SGLang {sources.version}: {found[0]} has no parameter {', '.join(sorted(lacking))}"
+
+
+CAPTURERS = ("sglang.srt.state_capturer.routed_experts", "sglang.srt.layers.moe.routed_experts_capturer")
+
+
+def test_the_capturer_is_called_as_ours_can_be(sources: Sources) -> None:
+    from expert_lens.engines.sglang.capturer import Capturer
+
+    captures = sources.calls("sglang.srt.layers.moe.topk", "capture")
+    assert captures, f"in SGLang {sources.version} no layer calls the capturer"
+    ours = set(inspect.signature(Capturer.capture).parameters)
+    assert all(keywords <= ours for keywords in captures)
+    ends = sources.calls("sglang.srt.model_executor.model_runner", "on_forward_end")
+    ours = set(inspect.signature(Capturer.on_forward_end).parameters)
+    assert ends
+    assert all(keywords <= ours for keywords in ends)
+
+
+def test_its_own_capturer_takes_what_ours_hands_on(sources: Sources) -> None:
+    module = next(module for module in CAPTURERS if sources.tree(module) is not None)
+    name = "RoutedExpertsCapturer" if module == CAPTURERS[0] else "_RoutedExpertsCapturerReal"
+    parameters = sources.parameters(f"{module}:{name}.capture")
+    assert parameters is not None
+    assert len(parameters) == 3  # self, the layer, its ids
+    base = "sglang.srt.state_capturer.base:BaseTopkCapturer" if module == CAPTURERS[0] else f"{module}:{name}"
+    keywords = {"forward_batch", "can_run_graph", "cuda_graph_batch", "no_copy_to_cpu"}
+    assert keywords <= (sources.parameters(f"{base}.on_forward_end") or set())
+
+
+def test_a_batch_says_whose_rows_it_holds(sources: Sources) -> None:
+    info = "sglang.srt.model_executor.forward_batch_info"
+    needed = {
+        "forward_mode", "rids", "input_ids", "positions", "out_cache_loc", "seq_lens_cpu", "req_pool_indices",
+        "extend_prefix_lens_cpu", "extend_seq_lens_cpu", "global_num_tokens_cpu",
+    }  # fmt: skip
+    assert needed <= sources.fields(f"{info}:ForwardBatch")
+    assert {"DECODE", "EXTEND", "MIXED", "is_decode", "is_idle"} <= sources.fields(f"{info}:ForwardMode")
+
+
+def test_a_request_says_when_it_ends(sources: Sources) -> None:
+    batch = "sglang.srt.managers.schedule_batch"
+    needed = {"rid", "origin_input_ids", "output_ids", "finished_reason", "finished"}
+    assert needed <= sources.fields(f"{batch}:Req")
+    assert sources.find(f"{batch}:FINISH_ABORT") is not None
+    assert {"reqs"} <= sources.fields(first(sources, f"{batch}:ModelWorkerBatch", f"{batch}:ScheduleBatch"))
+
+
+def test_a_decode_graph_has_its_inputs_and_can_be_found(sources: Sources) -> None:
+    runner = first(
+        sources,
+        "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner",
+        "sglang.srt.model_executor.cuda_graph_runner:CudaGraphRunner",
+    )
+    buffers = first(
+        sources,
+        "sglang.srt.model_executor.runner_utils.buffers:DecodeInputBuffers",
+        "sglang.srt.model_executor.cuda_graph_runner:DecodeInputBuffers",
+    )
+    assert {"input_ids", "positions", "out_cache_loc"} <= sources.fields(buffers)
+    assert {"buffers", "capture_forward_mode"} <= sources.fields(runner)
+    if "DecodeCudaGraphRunner" in runner:
+        backend = "sglang.srt.model_executor.runner_backend.full_cuda_graph_backend:FullCudaGraphBackend"
+        assert {"_graphs", "capture_one", "replay"} <= sources.fields(backend)
+
+
+def test_the_runner_says_what_the_model_is(sources: Sources) -> None:
+    needed = {
+        "is_draft_worker", "model_config", "server_args", "req_to_token_pool", "max_total_num_tokens", "page_size",
+        "max_running_requests", "device", "model",
+    }  # fmt: skip
+    runner = "sglang.srt.model_executor.model_runner"
+    found = sources.fields(f"{runner}:ModelRunner")
+    mixin = "sglang.srt.model_executor.model_runner_kv_cache_mixin"
+    if sources.tree(mixin) is not None:
+        found |= sources.fields(f"{mixin}:ModelRunnerKVCacheMixin")
+    assert needed <= found, f"SGLang {sources.version}: ModelRunner has no {', '.join(sorted(needed - found))}"
+    attention = sources.tree("sglang.srt.layers.dp_attention")
+    assert attention is not None
+    assert sources.find("sglang.srt.layers.dp_attention:is_dp_attention_enabled") is not None
+    context = "sglang.srt.runtime_context:get_parallel"
+    assert sources.find(context) or sources.find("sglang.srt.layers.dp_attention:get_attention_tp_rank")
+
+
+def test_an_engine_tells_its_processes(sources: Sources) -> None:
+    assert sources.parameters("sglang.srt.entrypoints.engine:Engine.get_all_child_pids") == {"self"}
+    assert sources.find("sglang.srt.plugins:load_plugins") is not None
+    assert sources.calls("sglang.srt.managers.scheduler", "capture") is not None
