@@ -88,6 +88,7 @@ class Waves:
         self.rng = np.random.default_rng(7)
         self.native: dict[str, Any] = {}
         self.cached = 0
+        self.outputs = 0
 
     def new(self, length: int) -> list[int]:
         return [int(token) for token in self.rng.integers(10, 31_000, int(length))]
@@ -100,6 +101,7 @@ class Waves:
             rows = np.frombuffer(base64.b64decode(meta["routed_experts"]), np.int32).reshape(-1, *self.shape)
             assert len(rows) == len(prompt) + len(result["output_ids"]) - 1
             self.native[meta["id"]] = rows
+            self.outputs += len(result["output_ids"])
             self.cached += meta.get("cached_tokens", 0)
         return results
 
@@ -115,6 +117,12 @@ class Waves:
         self.run(turns[:12] + [self.new(k) for k in rng.integers(3, 500, 12)], rng.integers(2, 60, 24))
         long = [self.new(2500), self.new(40), self.new(1200)] + [self.new(k) for k in rng.integers(3, 60, 60)]
         self.run(long, [30, 200, 40, *rng.integers(20, 150, 60)])
+
+    def repeating(self) -> None:
+        """Prompts that repeat themselves, one request at a time and several, so that drafts by n-grams are accepted."""
+        for requests in (1, 6):
+            phrases = [self.new(7) for _ in range(requests)]
+            self.run([phrase * 12 for phrase in phrases], [200] * requests, temperature=0.0)
 
     def many_at_once(self) -> None:
         """More than a small pool has room for, so that requests are retracted and begin again."""
@@ -162,7 +170,12 @@ def check(options: dict[str, Any]) -> dict[str, Any]:
     waves = Waves(engine, shape)
     for _ in range(repeats):
         getattr(waves, wave)()
-    found: dict[str, Any] = {**compare(lens, waves.native), "cached": waves.cached, **told(lens)}
+    found: dict[str, Any] = {
+        **compare(lens, waves.native),
+        "cached": waves.cached,
+        "outputs": waves.outputs,
+        **told(lens),
+    }
     found["control"] = altered(lens, waves.native)
     found["states"] = sorted(set(lens._collector.requests()["state"]))
     found["distinct"] = len(np.unique(np.concatenate([rows[:64] for rows in waves.native.values()])))

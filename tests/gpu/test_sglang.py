@@ -64,6 +64,18 @@ def test_rows_are_those_of_sglangs_own_capture(way: str) -> None:
     assert found["late"]["different"] == 0
 
 
+NGRAM = {"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 4, "wave": "repeating"}
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_rejected_tokens_leave_no_rows(graphs: bool) -> None:
+    """Drafts by n-grams, of which some are accepted and some are not."""
+    found, _ = run("check", {**NGRAM, **({} if graphs else {"disable_cuda_graph": True})})
+    assert (found["different"], found["missing"], found["wrong_length"], found["dropped_tokens"]) == (0, 0, 0, 0)
+    assert found["ids"] > 1_000_000
+    assert found["steps"] < found["outputs"]  # several tokens a step
+
+
 @pytest.mark.parametrize("publisher", ["stream", "event"])
 def test_other_ways_to_publish(publisher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXPERT_LENS_PUBLISHER", publisher)

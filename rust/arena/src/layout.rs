@@ -24,6 +24,8 @@ pub const MAX_LAYERS: usize = 512;
 pub const MAX_EXPERTS: usize = 65_536;
 /// Longest request id in bytes.
 pub const MAX_ID_BYTES: usize = 255;
+/// Position of a row that is none: a token that was drafted, went through the forward, and was rejected.
+pub const NO_POSITION: u32 = u32::MAX;
 /// Reader entries of an arena.
 pub const READERS: usize = 64;
 

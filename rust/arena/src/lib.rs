@@ -55,6 +55,7 @@ pub mod posts;
 mod posts;
 mod process;
 mod reader;
+mod rejected;
 mod rows;
 mod writer;
 
@@ -63,7 +64,7 @@ pub use batch::{End, Outcome, Phase, Span};
 pub use captures::{Capture, clean, default_directory, find, list};
 pub use cuda::{Mailbox, Way, exchange_capture_mode};
 pub use error::{Error, Result};
-pub use layout::{Facts, Header, LAYOUT_VERSION, MAX_EXPERTS, MAX_ID_BYTES, MAX_LAYERS, Producer};
+pub use layout::{Facts, Header, LAYOUT_VERSION, MAX_EXPERTS, MAX_ID_BYTES, MAX_LAYERS, NO_POSITION, Producer};
 pub use memory::{Mapped, Memory};
 pub use posts::ENTRIES;
 pub use process::is_alive;

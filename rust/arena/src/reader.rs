@@ -6,6 +6,7 @@ use crate::layout::{
     Descriptor, Facts, Header, Kind, Producer, READERS, descriptor, entry, reader_entry, section, word,
 };
 use crate::memory::Memory;
+use crate::rejected;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 
@@ -91,6 +92,8 @@ pub struct Reader<M: Memory> {
     /// The oldest record that is not released.
     needed: u64,
     batch: Option<(u64, Arc<[Span]>)>,
+    /// The same over the last step's rows, if some of its rows are none.
+    accepted: Option<Arc<[Span]>>,
     payload: Vec<u64>,
 }
 
@@ -143,6 +146,7 @@ impl<M: Memory> Reader<M> {
             released: 0,
             needed: 0,
             batch: None,
+            accepted: None,
             payload: Vec::new(),
         };
         reader.cursor = reader.oldest(word::TAIL)?.max(reader.oldest(word::NEXT_TAIL)?);
@@ -292,14 +296,15 @@ impl<M: Memory> Reader<M> {
         self.time_ns = what.time_ns;
         // Told with the next rows or prefix that can be read; one that contradicts itself is a gap of its own.
         let after_gap = std::mem::replace(&mut self.after_gap, true);
-        let payload = bytemuck::must_cast_slice::<u64, u8>(&self.payload);
         match what.kind {
             Kind::Event => {
                 self.after_gap = after_gap;
+                let payload = bytemuck::must_cast_slice(&self.payload);
                 Ok(Some(Record::End(decode_end(payload)?)))
             }
             Kind::Void => Ok(None),
             Kind::Prefix => {
+                let payload = bytemuck::must_cast_slice::<u64, u8>(&self.payload);
                 let (spans, length) = decode_spans(payload, what.rows)?;
                 let kv_slots = payload.get(length..length + what.rows as usize * 4);
                 let kv_slots = kv_slots.ok_or_else(|| Error::corrupt("sections longer than their record"))?;
@@ -311,19 +316,34 @@ impl<M: Memory> Reader<M> {
             Kind::Step => {
                 let mut at = 0;
                 if what.sections & section::SPANS != 0 {
+                    let payload = bytemuck::must_cast_slice(&self.payload);
                     let (spans, length) = decode_spans(payload, what.rows)?;
                     self.batch = Some((self.cursor - 1, spans.into()));
                     at = length;
                 } else if self.batch.as_ref().is_none_or(|(record, _)| *record != what.batch) {
                     self.batch = self.fetch_batch(what.batch).map(|spans| (what.batch, spans.into()));
                 }
+                let what = self.without_rejected(what, at);
                 let payload = bytemuck::must_cast_slice::<u64, u8>(&self.payload);
-                let batch = self.batch.as_ref().map(|(_, spans)| spans);
+                let batch = self.accepted.as_ref().or(self.batch.as_ref().map(|(_, spans)| spans));
                 let step = Step::decode(&self.header.facts, &what, &payload[at..], batch, after_gap)?;
                 self.after_gap = false;
                 Ok(Some(Record::Step(step)))
             }
         }
+    }
+
+    /// Take the rows that are none out of a step, whose sections begin at byte `at` of the payload.
+    fn without_rejected(&mut self, what: Descriptor, at: usize) -> Descriptor {
+        self.accepted = None;
+        let (facts, rows) = (&self.header.facts, what.rows as usize);
+        let payload = &mut bytemuck::must_cast_slice_mut::<u64, u8>(&mut self.payload)[at..];
+        let Some(runs) = rejected::accepted(facts, what.sections, rows, payload) else {
+            return what;
+        };
+        rejected::keep(facts, what.sections, rows, payload, &runs);
+        self.accepted = self.batch.as_ref().map(|(_, spans)| rejected::spans_of(spans, &runs).into());
+        Descriptor { rows: runs.iter().map(|run| run.len() as u32).sum(), ..what }
     }
 
     /// Copy the next record's payload out and move past it; lapped, go on at the oldest record that is still there.

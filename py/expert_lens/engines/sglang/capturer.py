@@ -35,8 +35,8 @@ __all__ = ["Capturer"]
 class Capturer:
     """In place of the capturer `native`, which may be None; for the target model that `runner` runs.
 
-    `static_rows`: rows of the largest forward that is no decode graph. `slots`: whether requests that begin from the
-    cache can be told where, see `model.slots_are_lasting`.
+    `static_rows`: rows of the largest forward that is no decode graph. `slots`: whether to tell KV slots, and of
+    requests that begin from the cache where.
     """
 
     def __init__(self, runner: Any, native: Any, tap: Tap, *, static_rows: int, slots: bool) -> None:
@@ -50,6 +50,8 @@ class Capturer:
         """The batch whose forward is running."""
         self._published = False
         """Whether a graph has published that forward's rows."""
+        self._drafted: tuple[Any, torch.Tensor] | None = None
+        """The batch and the experts [n, L, K] of drafted tokens that are not judged yet."""
         self._replayed_spans: tuple[Any, ReplayRows | None] = (None, None)
         self._decode_graph: _DecodeGraph | None = None
         """The decode graph that is just being captured."""
@@ -131,6 +133,9 @@ class Capturer:
         """The target model's forward over this batch begins."""
         self._batch = batch
         self._published = False
+        if self._drafted is not None:  # nobody has judged them
+            self._tap.lose(len(self._drafted[1]))
+            self._drafted = None
         if self._tap.begin() is None or not self._slots or batch.extend_prefix_lens_cpu is None:
             return
         if batch.forward_mode.name in ("EXTEND", "MIXED") and batch.rids:
@@ -139,7 +144,7 @@ class Capturer:
     @contextmanager
     def capturing(self, runner: Any) -> Iterator[None]:
         """Around the warm-ups and the capture of a decode graph by SGLang's `runner`."""
-        self._decode_graph = _DecodeGraph(self._tap, runner, self._record_static)
+        self._decode_graph = _DecodeGraph(self._tap, runner, self._slots, self._record_static)
         try:
             yield
         finally:
@@ -202,6 +207,9 @@ class Capturer:
         if not num_rows or not batch.rids or batch.forward_mode.is_idle():
             return
         mode = batch.forward_mode.name
+        if mode == "TARGET_VERIFY":
+            self._drafted = batch, self._experts(batch, step, num_rows)
+            return
         if mode not in ("DECODE", "EXTEND", "MIXED"):
             self._tap.lose(num_rows)
             return
@@ -209,18 +217,32 @@ class Capturer:
         if (rows := spans[-1][2] + spans[-1][3] if spans else 0) != num_rows:
             raise EngineHookError(f"a forward in mode {mode} of {num_rows} tokens, of which its requests have {rows}")
         experts = self._experts(batch, step, num_rows)
-        slots = getattr(batch, "out_cache_loc_virtual", None)
-        slots = batch.out_cache_loc if slots is None else slots
-        self._tap.publish(
-            experts,
-            None,
-            Rows(
-                spans,
-                batch.positions[:num_rows].to(torch.int32),
-                batch.input_ids[:num_rows],
-                kv_slots=slots.to(torch.int32),
-            ),
-        )
+        self._hand_on(experts, spans, batch.positions[:num_rows], batch.input_ids[:num_rows], batch.out_cache_loc)
+
+    def accept(self, accepted: torch.Tensor) -> None:
+        """Drafted tokens are judged: publish the rows of the accepted ones.
+
+        `accepted`: which of the batch's rows, [B, width], -1 behind those that a request has. Accepted or not is known
+        to the GPU alone, so all have a place, and those that were rejected get no position.
+        """
+        drafted, self._drafted = self._drafted, None
+        if drafted is None or not accepted.numel():
+            return
+        batch, experts = drafted
+        requests, width = accepted.shape
+        flat = accepted.flatten().to(torch.int64)
+        rows = flat.clamp(min=0)
+        positions = torch.where(flat < 0, -1, batch.positions.index_select(0, rows))
+        # Accepted tokens are moved to the front of their request's slots.
+        slots = batch.out_cache_loc.view(requests, -1)[:, :width].flatten()
+        tokens = batch.input_ids.index_select(0, rows)
+        self._hand_on(experts.index_select(0, rows), self.requests.decode(batch, width), positions, tokens, slots)
+
+    def _hand_on(
+        self, experts: torch.Tensor, spans: Any, positions: torch.Tensor, tokens: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        kv_slots = slots.to(torch.int32) if self._slots else None
+        self._tap.publish(experts, None, Rows(spans, positions.to(torch.int32), tokens, kv_slots=kv_slots))
 
     def _experts(self, batch: Any, step: Step | None, num_rows: int) -> torch.Tensor:
         """The packed experts [n, L, K] of this rank's rows of the forward that has just run."""
@@ -272,9 +294,10 @@ class Capturer:
 class _DecodeGraph:
     """A decode graph while it is captured."""
 
-    def __init__(self, tap: Tap, runner: Any, elsewhere: Callable[[int, torch.Tensor], None]) -> None:
+    def __init__(self, tap: Tap, runner: Any, slots: bool, elsewhere: Callable[[int, torch.Tensor], None]) -> None:
         self.recorded: GraphStep | None = None
         self._tap = tap
+        self._slots = slots
         self._runner = runner
         self._elsewhere = elsewhere
         self._step: Step | None = None
@@ -302,7 +325,7 @@ class _DecodeGraph:
                 num_rows,
                 token_ids=buffers.input_ids[:num_rows],
                 positions=buffers.positions[:num_rows],
-                kv_slots=buffers.out_cache_loc[:num_rows],
+                kv_slots=buffers.out_cache_loc[:num_rows] if self._slots else None,
             )
 
 

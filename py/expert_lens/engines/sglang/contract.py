@@ -19,6 +19,7 @@ __all__ = [
     "PLACES",
     "RELEASE",
     "RELEASES",
+    "VERIFY",
     "Place",
     "problems",
 ]
@@ -84,6 +85,12 @@ RELEASE = Place(
     ("sglang.srt.mem_cache.common:release_kv_cache",),
     ("req", "tree_cache"),
 )
+VERIFY = Place(
+    "drafted tokens are accepted or rejected",
+    ("sglang.srt.speculative.eagle_utils:eagle_sample",),
+    ("verify_input", "batch"),
+)
+"""Releases that lack it are known all the same: rows of drafted tokens count as dropped there."""
 CAPTURER = Place(
     "the capturer that every MoE layer calls is set",
     (

@@ -7,7 +7,7 @@ from typing import Any
 
 from expert_lens.errors import UnsupportedModelError
 
-__all__ = ["eager_rows", "facts", "graph_rows", "publishing_rank", "routed_layers", "slots_are_lasting"]
+__all__ = ["eager_rows", "facts", "graph_rows", "publishing_rank", "routed_layers"]
 
 EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 """What configurations call the number of routed experts."""
@@ -21,7 +21,7 @@ def routed_layers(model: Any) -> list[int]:
 
 
 def facts(runner: Any) -> dict[str, Any]:
-    """The facts of `_core.Writer` about this runner's model.
+    """The facts of `_core.Writer` about this runner's model; no KV slots where they tell nothing of a prefix.
 
     Raises UnsupportedModelError if the configuration does not say how many experts there are.
     """
@@ -39,7 +39,7 @@ def facts(runner: Any) -> dict[str, Any]:
         "layers": routed_layers(runner.model),
         "num_experts": int(num_experts),
         "top_k": int(top_k),
-        "kv_slots": _num_slots(runner),
+        "kv_slots": _num_slots(runner) if _slots_are_lasting(runner) else 0,
         "engine": "sglang",
         "engine_version": sglang.__version__,
         "model": str(runner.model_config.model_path),
@@ -54,14 +54,16 @@ def _num_slots(runner: Any) -> int:
     return int(runner.max_total_num_tokens + runner.page_size)
 
 
-def slots_are_lasting(runner: Any) -> bool:
+def _slots_are_lasting(runner: Any) -> bool:
     """Whether a KV slot keeps the token that a forward here wrote there, until another forward here writes it.
 
-    Not where KV comes from elsewhere: from the host's or a remote cache, or from a prefill server.
+    Not where KV comes from elsewhere (the host's or a remote cache, a prefill server), or where pages move, so that
+    slots have other numbers in forwards than in `req_to_token`.
     """
     args = runner.server_args
     return (
-        not getattr(args, "enable_hierarchical_cache", False)
+        not getattr(getattr(runner, "kv_index_translator", None), "is_translating", False)
+        and not getattr(args, "enable_hierarchical_cache", False)
         and not getattr(args, "enable_lmcache", False)
         and getattr(args, "disaggregation_mode", "null") in (None, "null")
     )

@@ -37,9 +37,9 @@ class Requests:
         self._tap = tap
         self._names = RequestNames()
         self._live: dict[str, _Request] = {}
-        self._rids: list[str] | None = None
+        self._decoding: tuple[list[str], int] | None = None
         self._spans: list[Span] = []
-        """Of the last decode batch, whose rids are `_rids`."""
+        """Of the last decode batch, whose rids and rows a request are `_decoding`."""
 
     def admit(self, reqs: Iterable[Any]) -> None:
         """Learn how long the prompts of a batch's requests are."""
@@ -47,15 +47,15 @@ class Requests:
             if req.rid not in self._live:
                 self._add(req.rid, len(req.origin_input_ids))
 
-    def decode(self, batch: Any) -> list[Span]:
-        """The spans of a decode step, one row a request; the very same list as long as the batch stays the same."""
-        if batch.rids != self._rids:
+    def decode(self, batch: Any, width: int = 1) -> list[Span]:
+        """The spans of a decode step, `width` rows a request; the same list as long as the batch stays the same."""
+        if self._decoding is None or batch.rids != self._decoding[0] or width != self._decoding[1]:
             lengths = batch.seq_lens_cpu
             self._spans = [
-                self._span(self._live.get(rid) or self._add(rid, int(lengths[row]) - 1), row, 1, "decode")
-                for row, rid in enumerate(batch.rids)
+                self._span(self._live.get(rid) or self._add(rid, int(lengths[at]) - 1), at * width, width, "decode")
+                for at, rid in enumerate(batch.rids)
             ]
-            self._rids = list(batch.rids)
+            self._decoding = list(batch.rids), width
         return self._spans
 
     def extend(self, batch: Any) -> list[Span]:
@@ -94,7 +94,7 @@ class Requests:
             request.running = False
             return
         del self._live[req.rid]
-        self._rids = None
+        self._decoding = None
         # A step that overlapped the end may have run one token past it.
         positions = len(req.origin_input_ids) + max(len(req.output_ids), 1) - 1
         aborted = type(req.finished_reason).__name__ == "FINISH_ABORT"

@@ -40,9 +40,12 @@ class SchedulerHooks:
             (contract.FORWARD, self.before_forward, HookType.BEFORE),
             (contract.DECODE_CAPTURE, self.around_decode_capture, HookType.AROUND),
             (contract.RELEASE, self.before_release, HookType.BEFORE),
+            (contract.VERIFY, self.after_verify, HookType.AFTER),
         ]:
             path = place.find()
-            assert path is not None, "contract.problems() would have named it"
+            if path is None:
+                assert place is contract.VERIFY, "contract.problems() would have named it"
+                continue
             HookRegistry.register(path.replace(":", "."), hook, kind)
 
     def after_init(self, _: Any, runner: Any) -> None:
@@ -75,7 +78,7 @@ class SchedulerHooks:
             self._get(),
             tap,
             static_rows=_largest_forward(runner),
-            slots=model.slots_are_lasting(runner),
+            slots=facts["kv_slots"] > 0,
         )
         self._set(self._capturer)
         self._runner, self._tap = runner, tap
@@ -105,6 +108,11 @@ class SchedulerHooks:
         graph = result[0] if backend is None else next(reversed(getattr(backend, "_graphs", {}).values()), None)
         if self._capturer is not None and isinstance(graph, torch.cuda.CUDAGraph):
             self._capturer.follow(graph)
+
+    def after_verify(self, result: Any, *_: Any, **__: Any) -> None:
+        """The target model has judged drafted tokens: what was predicted, how many and which of them it accepts."""
+        if self._capturer is not None:
+            self._guard(self._capturer.accept, result[2])
 
     def before_release(self, req: Any, *_: Any, **__: Any) -> None:
         """A request gives its KV slots back."""
