@@ -123,8 +123,9 @@ class Writer:
         kv_slots: npt.NDArray[np.uint32] | None = None,
     ) -> bool:
         """Publish one step: experts [n, L, K], u8 if the model has at most 256 experts, else u16; token_ids
-        [n] or None; positions [n], 2^32 - 1 for a row that is none (a drafted token that was rejected); weights [n, L, K] if the writer was made with weights; kv_slots [n], below what the
-        writer was made for, where the engine's cache has such. C-contiguous.
+        [n] or None; positions [n], 2^32 - 1 for a row that is none (a drafted token that was rejected); weights
+        [n, L, K] if the writer was made with weights; kv_slots [n], below what the writer was made for, where the
+        engine's cache has such. C-contiguous.
 
         Returns False if any of the step's rows had to be dropped (they are counted). Never blocks unless
         on_full="wait". Raises ValueError when shapes or dtypes are not these, or the batch's spans end past n.
