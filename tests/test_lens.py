@@ -274,7 +274,6 @@ def test_closing_is_whole_even_where_warnings_are_errors() -> None:
     class OffTap:
         error = RuntimeError("switched off")
         lost_tokens = 0
-        publisher = "host"
 
         def close(self) -> None:
             raise OSError("the engine is gone")

@@ -63,10 +63,6 @@ class EngineTap(Protocol):
     def lost_tokens(self) -> int:
         """Rows lost on the way to the writer."""
 
-    @property
-    def publisher(self) -> Literal["host", "graph", "stream", "event"]:
-        """What publishes: this process's stores, or a CUDA stream, or an event of it."""
-
     def request(self, name: str) -> AbstractContextManager[None]:
         """Name the requests of the calls in this block."""
 
@@ -398,7 +394,6 @@ class Lens:
             stats["dropped_tokens"] += self._tap.lost_tokens
         return {
             **stats,
-            "publisher": None if self._tap is None else self._tap.publisher,
             "memory_limit_bytes": self._memory_bytes,
             "recordings": [recording.stats for recording in self._recordings],
             "error": None if self._error is None else f"{type(self._error).__name__}: {self._error}",

@@ -36,7 +36,6 @@ class Playback:
     """
 
     lost_tokens = 0
-    publisher: Literal["host"] = "host"
 
     def __init__(
         self,

@@ -112,6 +112,9 @@ class CollectorStats(TypedDict):
     """Records that contradicted themselves and were left out."""
     corrupt: str | None
     """What the last of those said."""
+    publisher: Literal["host", "graph", "stream", "event"]
+    """What publishes: the engine's own stores; or, once a CUDA device did, its CUDA graphs; its stream; or an event of
+    it where the device cannot store by itself."""
     lag_s: float
     """Seconds from the publishing of the newest record read until it was read; of the oldest unread one, if longer."""
     memory_bytes: int
@@ -146,9 +149,6 @@ class RecordingStats(TypedDict):
 class Stats(CollectorStats):
     """Figures of a lens."""
 
-    publisher: Literal["host", "graph", "stream", "event"] | None
-    """What publishes: this process's stores; or, once a CUDA device did, its CUDA graphs; its stream; or an event of it
-    where the device cannot store by itself. None for a capture of another process."""
     memory_limit_bytes: int
     """What the requests' rows may take."""
     recordings: list[RecordingStats]

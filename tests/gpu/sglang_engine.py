@@ -159,7 +159,7 @@ def altered(lens: Any, native: dict[str, Any]) -> int:
 
 def told(lens: Any) -> dict[str, Any]:
     stats = lens._collector.stats()
-    return {key: stats[key] for key in ("steps", "tokens", "dropped_tokens") if key in stats}
+    return {key: stats[key] for key in ("steps", "tokens", "dropped_tokens", "publisher")}
 
 
 def check(options: dict[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def test_every_request_has_the_rows_that_the_experts_received(mode: str, family:
     assert tokens <= capture.stats()["tokens"] <= tokens + len(PROMPTS) * ("asynchronous" in mode)
     if "graphs" in mode:
         assert truth.num_replays > 10
-        assert capture.tap.publisher == way
+        assert capture.tap.writer.publisher == way
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -84,7 +84,7 @@ def test_asynchronous_graphs_give_what_each_sequence_gives_alone(attach: Attach)
     config = small_batches(max_batch_tokens=32, **MODES["graphs, asynchronous"])
     results = generate_batch(model, PROMPTS, max_new_tokens=20, continuous_batching_config=config)
     assert capture.tap.error is None
-    assert capture.tap.publisher == "graph"
+    assert capture.tap.writer.publisher == "graph"
     for name, result in results.items():
         tokens = (result.prompt_ids + result.generated_tokens)[:-1]
         assert capture.rows(name)["token_ids"].tolist() == tokens
@@ -108,7 +108,7 @@ def test_graphs_that_were_captured_before_attaching_are_captured_anew(attach: At
         check_batches(capture, truth.rows(), results)
         assert [one.generated_tokens for one in results.values()] == [one.generated_tokens for one in before.values()]
         assert truth.num_replays > 5
-        assert capture.tap.publisher == "graph"
+        assert capture.tap.writer.publisher == "graph"
         capture.tap.close()
         after = run()
         for first, second in zip(before.values(), after.values(), strict=True):

@@ -60,6 +60,7 @@ def test_rows_are_those_of_sglangs_own_capture(way: str) -> None:
     assert found["dropped_tokens"] == 0
     assert found["control"] == 1
     assert found["states"] == ["finished"]
+    assert found["publisher"] == ("stream" if "disable_cuda_graph" in WAYS[way] else "graph")
     assert (found["cached"] > 10_000) == ("disable_radix_cache" not in WAYS[way])
     assert found["late"]["different"] == 0
 
@@ -81,6 +82,7 @@ def test_other_ways_to_publish(publisher: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("EXPERT_LENS_PUBLISHER", publisher)
     found, _ = run("check")
     assert (found["requests"], found["different"], found["missing"], found["dropped_tokens"]) == (159, 0, 0, 0)
+    assert found["publisher"] == publisher
 
 
 def test_retracted_requests_begin_again() -> None:

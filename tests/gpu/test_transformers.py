@@ -35,7 +35,7 @@ def test_greedy_batches_with_left_padding_give_the_rows_that_the_experts_receive
     with Oracle(model).watching() as truth:
         sequences = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
     check_generated(capture, truth, sequences.cpu(), mask.cpu(), ["0.0", "0.1", "0.2", "0.3"])
-    assert capture.tap.publisher == way
+    assert capture.tap.writer.publisher == way
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -95,7 +95,14 @@ impl Publisher {
     /// being captured.
     pub unsafe fn publish_device(&mut self, rows: &DeviceRows<'_>, device: i32, stream: u64) -> Result<Published> {
         let pinned = pin(&mut self.pinned, &self.memory)?;
-        self.writer.publish_device(rows, &mut pinned.landing(device, stream)?)
+        let published = self.writer.publish_device(rows, &mut pinned.landing(device, stream)?);
+        self.tell_way();
+        published
+    }
+
+    /// Let readers know how devices publish.
+    fn tell_way(&self) {
+        self.memory.store(word::WAY, Way::to_word(self.way()), Relaxed);
     }
 
     /// Publish where the beginnings of requests stand in the engine's cache, which a device says: as
@@ -131,12 +138,14 @@ impl Publisher {
     /// The graph's kernels write no more than the sections that `rows` states.
     pub unsafe fn publish_graph(&mut self, mailbox: &mut Mailbox, rows: &GraphRows<'_>) -> Result<Published> {
         let pinned = pin(&mut self.pinned, &self.memory)?;
-        match pinned.by_post(mailbox, rows.rows)? {
+        let published = match pinned.by_post(mailbox, rows.rows)? {
             // The graph's kernels do nothing for no rows, not even publish them.
             _ if rows.rows == 0 => Ok(Published::default()),
             Some(mut post) => self.writer.publish_graph(rows, &mut post),
             None => Ok(self.writer.drop_step(rows.rows)),
-        }
+        };
+        self.tell_way();
+        published
     }
 
     /// The replay of a graph that `record` was posted for has failed, or was never launched, and [`Mailbox::retract`] took

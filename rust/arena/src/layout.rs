@@ -60,6 +60,8 @@ pub(crate) mod word {
     pub const STEPS: usize = 275;
     /// Non-zero: the writer has ended in good order.
     pub const CLOSED: usize = 276;
+    /// How devices publish, as of the last record; 0: none does.
+    pub const WAY: usize = 277;
     /// One more than the highest reader entry ever taken.
     pub const READER_HIGH: usize = 280;
     pub const READER_TABLE: usize = 512;

@@ -1,6 +1,7 @@
 //! The reading end: takes records in order, and notices every one that it lost.
 
 use crate::batch::{End, Span, decode_end, decode_spans};
+use crate::cuda::Way;
 use crate::error::{Error, Result};
 use crate::layout::{
     Descriptor, Facts, Header, Kind, Producer, READERS, descriptor, entry, reader_entry, section, word,
@@ -479,6 +480,12 @@ impl<M: Memory> Reader<M> {
             }
             _ => None,
         }
+    }
+
+    /// How the publisher's devices publish; None if none has, or if the word for it says nothing that is known.
+    #[must_use]
+    pub fn way(&self) -> Option<Way> {
+        Way::from_word(self.memory.load(word::WAY, Relaxed))
     }
 
     /// Whether this reader holds back the reuse of space.

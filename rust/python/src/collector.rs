@@ -130,6 +130,7 @@ impl Collector {
         dict.set_item("corrupt", stats.corrupt)?;
         dict.set_item("lag_s", stats.lag_s)?;
         dict.set_item("memory_bytes", stats.memory)?;
+        dict.set_item("publisher", convert::way(stats.way))?;
         dict.set_item("arenas", stats.arenas)?;
         Ok(dict)
     }

@@ -1,6 +1,6 @@
 //! Rows and facts as numpy arrays and dicts, in the shapes that users know.
 
-use expert_lens_arena::Facts;
+use expert_lens_arena::{Facts, Way};
 use half::f16;
 use numpy::{PyArray1, PyArrayMethods};
 use pyo3::prelude::*;
@@ -41,4 +41,14 @@ pub fn facts<'py>(py: Python<'py>, capture: &str, facts: &Facts) -> PyResult<Bou
     dict.set_item("engine_version", &facts.engine_version)?;
     dict.set_item("model", &facts.model)?;
     Ok(dict)
+}
+
+/// How records are published, in a word.
+pub fn way(way: Option<Way>) -> &'static str {
+    match way {
+        None => "host",
+        Some(Way::Graph) => "graph",
+        Some(Way::Stream) => "stream",
+        Some(Way::Event) => "event",
+    }
 }

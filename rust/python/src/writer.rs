@@ -1,5 +1,6 @@
 //! `_core.Writer`: the publishing end.
 
+use crate::convert;
 use crate::errors::{OptionError, to_python};
 use crate::mailbox::Mailbox;
 use crate::{directory_or_default, phase_of, seconds};
@@ -350,12 +351,7 @@ impl Writer {
 
     #[getter]
     fn publisher(&self) -> &'static str {
-        match self.publisher.as_ref().map_or(self.last.2, |publisher| publisher.way()) {
-            None => "host",
-            Some(Way::Graph) => "graph",
-            Some(Way::Stream) => "stream",
-            Some(Way::Event) => "event",
-        }
+        convert::way(self.publisher.as_ref().map_or(self.last.2, |publisher| publisher.way()))
     }
 
     #[getter]

@@ -120,11 +120,6 @@ class TransformersTap:
         """Rows lost because too many threads published at the same time."""
         return self._tap.lost_tokens
 
-    @property
-    def publisher(self) -> Literal["host", "graph", "stream", "event"]:
-        """What publishes: `Writer.publisher`."""
-        return self.writer.publisher
-
     def request(self, name: str) -> AbstractContextManager[None]:
         """Name the requests of the calls in this block: `name`, or `name.0`, `name.1`, ... for a batch.
 

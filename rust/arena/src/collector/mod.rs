@@ -14,6 +14,7 @@ pub use stream::{Block, NO_SLOT, RecordRange, RowStream};
 pub use wait::{Pace, Waiter};
 
 use crate::batch::{Phase, Span};
+use crate::cuda::Way;
 use crate::error::{Error, Result};
 use crate::layout::Facts;
 use crate::reader::{Mode, Record, Step};
@@ -75,6 +76,8 @@ pub struct Stats {
     pub lag_s: f64,
     /// Bytes that the requests take.
     pub memory: u64,
+    /// How devices publish; None where none does.
+    pub way: Option<Way>,
     /// Arenas, one a rank.
     pub arenas: u64,
     /// Whether every publisher has ended, and everything was read.
@@ -422,6 +425,7 @@ impl Inner {
             corrupt: self.corrupt.clone(),
             lag_s: self.lag_ns.max(waited) as f64 * 1e-9,
             memory: self.store.bytes() as u64,
+            way: self.feed.sources.iter().find_map(|source| source.reader.way()),
             arenas: self.feed.sources.len() as u64,
             ended: self.feed.is_over(),
         }

@@ -49,6 +49,23 @@ pub enum Way {
     Event,
 }
 
+impl Way {
+    /// As the arena tells it to readers; 0 stands for none.
+    pub(crate) fn to_word(way: Option<Self>) -> u64 {
+        match way {
+            None => 0,
+            Some(Self::Graph) => 1,
+            Some(Self::Stream) => 2,
+            Some(Self::Event) => 3,
+        }
+    }
+
+    /// What a word in the arena says; None for what no writer of ours stores.
+    pub(crate) fn from_word(word: u64) -> Option<Self> {
+        [Self::Graph, Self::Stream, Self::Event].into_iter().find(|&way| Self::to_word(Some(way)) == word)
+    }
+}
+
 /// Set how this thread's calls stand to stream captures (0: global, 1: thread-local, 2: relaxed, CUDA driver API,
 /// `CUstreamCaptureMode`); gives how they stood. Relaxed, they end no capture.
 ///
