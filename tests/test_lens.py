@@ -478,6 +478,40 @@ sys.stdin.readline()
 """
 
 
+def test_why_a_capture_of_another_process_went_off_is_told_here() -> None:
+    code = """
+    import warnings
+    warnings.simplefilter("ignore")
+    from publishing import make_writer
+    from expert_lens.errors import EngineHookError
+    from expert_lens.tap import Tap
+    writer = make_writer("elsewhere")
+    tap = Tap(writer, layers=[0], num_experts=4, top_k=1)
+    print("ready", flush=True)
+    input()
+    tap.fail(EngineHookError("the engine's " + "very " * 60 + "changed batch, \u4e2d"))
+    print("off", flush=True)
+    input()
+    """.replace(
+        "from hand import *", "import warnings; warnings.simplefilter('ignore'); from publishing import make_writer"
+    )
+    with start(code) as process:
+        assert hear(process) == "ready"
+        with expert_lens.attach("elsewhere") as lens:
+            assert lens.stats["error"] is None
+            say(process)
+            assert hear(process) == "off"
+            with pytest.warns(
+                RuntimeWarning, match="'elsewhere' has switched itself off; .* EngineHookError: the engine's"
+            ):
+                lens.requests()
+            error = str(lens.stats["error"])
+            assert error.startswith("EngineHookError: the engine's very very")
+            assert 250 <= len(error.encode()) <= 255
+        assert lens.stats["error"] == error
+        say(process)
+
+
 def test_what_a_killed_publisher_published_stays_readable() -> None:
     with start(KNOWN_PUBLISHER) as process:
         assert hear(process) == "published"

@@ -165,6 +165,9 @@ class Writer:
     def drop_step(self, num_rows: int) -> None:
         """A forward of so many rows that are not published: they count as dropped, and readers know of it."""
 
+    def fail(self, reason: str) -> None:
+        """Tell readers that the capture has switched itself off, and why; at most 255 bytes are kept."""
+
     def publish_prefix(
         self,
         spans: Sequence[Span],
@@ -315,6 +318,10 @@ class Collector:
     @property
     def tokens(self) -> int:
         """Rows read so far; cheap."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why a publisher has switched its capture off, if one did."""
 
     def sync(self, timeout: float = 1.0) -> bool:
         """Read everything that was reserved before this call; False if not all of it landed within timeout seconds."""

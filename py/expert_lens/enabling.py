@@ -10,7 +10,7 @@ from typing import Any, Literal
 from expert_lens.errors import OptionError
 from expert_lens.options import check_capture_name, check_folder_path, check_seconds, parse_bytes
 
-__all__ = ["ENVIRONMENT", "enable", "enabled", "remember_name"]
+__all__ = ["ENVIRONMENT", "enable", "enabled", "enabled_directory", "remember_name"]
 
 ENVIRONMENT = "EXPERT_LENS_ENABLE"
 
@@ -60,6 +60,12 @@ def enabled() -> dict[str, Any] | None:
             '\'{"name": "server", "arena": "1GiB"}\'.'
         )
     return _check(options)
+
+
+def enabled_directory() -> str | None:
+    """Where engines that were enabled here publish, if that was chosen."""
+    options = enabled()
+    return None if options is None else options["directory"]
 
 
 def remember_name(name: str) -> None:

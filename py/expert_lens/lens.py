@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expert_lens import _core
+from expert_lens.enabling import enabled_directory
 from expert_lens.engines import find_engine
 from expert_lens.errors import (
     ExpertLensError,
@@ -132,7 +133,11 @@ def attach(
     if isinstance(engine, str) or hasattr(found, "find_capture"):
         options = {"name": name, "arena": arena, "on_full": on_full, "wait_timeout": wait_timeout, "weights": weights}
         _refuse_publishers_options(options)
-        capture = check_capture_name(engine) if found is None else found.find_capture(engine, where)
+        if found is None:
+            capture = check_capture_name(engine)
+        else:
+            where = where or enabled_directory()
+            capture = found.find_capture(engine, where)
         collector = _core.Collector(
             capture,
             directory=where,
@@ -252,7 +257,7 @@ class Lens:
         self._closing = threading.RLock()
         self._heatmap: Heatmap | None = None
         """What shows this lens in a notebook, in as many cells as display it, and goes on showing a closed one."""
-        self._told_error: Exception | None = None
+        self._told_error: str | None = None
         self._pieces: dict[int, str] = {}
 
     # ---- what the model is ----
@@ -396,7 +401,7 @@ class Lens:
             **stats,
             "memory_limit_bytes": self._memory_bytes,
             "recordings": [recording.stats for recording in self._recordings],
-            "error": None if self._error is None else f"{type(self._error).__name__}: {self._error}",
+            "error": self._error,
         }
 
     def tokens_seen(self) -> int:
@@ -502,19 +507,21 @@ class Lens:
         self._collector.close()
 
     @property
-    def _error(self) -> Exception | None:
-        return None if self._tap is None else self._tap.error
+    def _error(self) -> str | None:
+        """Why the capture has switched itself off, as its tap here or its publisher elsewhere says."""
+        if self._tap is not None and self._tap.error is not None:
+            return f"{type(self._tap.error).__name__}: {self._tap.error}"
+        return self._collector.failure
 
     def _look(self) -> None:
         """Read all that was published before now, and say once if the capture has switched itself off."""
         if not self._closed:
             self._collector.sync(SYNC_TIMEOUT)
         error = self._error
-        if error is not None and error is not self._told_error:
+        if error is not None and error != self._told_error:
             self._told_error = error
             warnings.warn(
-                f"Capture {self.name!r} has switched itself off; rows from there on are missing. "
-                f"{type(error).__name__}: {error}",
+                f"Capture {self.name!r} has switched itself off; rows from there on are missing. {error}",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -414,6 +414,7 @@ class Tap:
             return
         self.active = False
         self.error = error
+        self._submit(lambda: self.writer.fail(f"{type(error).__name__}: {error}"))
         with contextlib.suppress(Warning):  # where warnings are errors, the forward must still go on
             warnings.warn(f"expert_lens stopped capturing: {error}", RuntimeWarning, stacklevel=2)
 

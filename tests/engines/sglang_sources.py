@@ -22,14 +22,17 @@ class Sources:
     def _names(self) -> set[str]:
         return set(self._wheel.namelist())
 
+    def text(self, module: str) -> str:
+        """The module's text; empty if there is no such module."""
+        path = module.replace(".", "/")
+        found = next((name for name in (f"{path}.py", f"{path}/__init__.py") if name in self._names), None)
+        return "" if found is None else self._wheel.read(found).decode()
+
     @cache  # noqa: B019
     def tree(self, module: str) -> ast.Module | None:
         """The module's syntax tree; None if there is no such module."""
-        path = module.replace(".", "/")
-        for name in (f"{path}.py", f"{path}/__init__.py"):
-            if name in self._names:
-                return ast.parse(self._wheel.read(name))
-        return None
+        text = self.text(module)
+        return ast.parse(text) if text else None
 
     def find(self, path: str) -> ast.AST | None:
         """The class or function `module:name.name`, also one that a base class in the same module has."""

@@ -107,14 +107,18 @@ def test_the_runner_says_what_the_model_is(sources: Sources) -> None:
     if sources.tree(mixin) is not None:
         found |= sources.fields(f"{mixin}:ModelRunnerKVCacheMixin")
     assert needed <= found, f"SGLang {sources.version}: ModelRunner has no {', '.join(sorted(needed - found))}"
-    attention = sources.tree("sglang.srt.layers.dp_attention")
-    assert attention is not None
     assert sources.find("sglang.srt.layers.dp_attention:is_dp_attention_enabled") is not None
-    context = "sglang.srt.runtime_context:get_parallel"
-    assert sources.find(context) or sources.find("sglang.srt.layers.dp_attention:get_attention_tp_rank")
+    here = {"pp_size", "attn_tp_size", "attn_tp_rank", "attn_dp_size", "attn_dp_rank", "attn_cp_size"}
+    context = "sglang.srt.runtime_context"
+    if sources.find(f"{context}:get_parallel") is not None:
+        told = sources.text(context)
+        assert all(name in told for name in here)
+    else:
+        for name in ("get_attention_tp_size", "get_attention_tp_rank", "get_attention_dp_rank"):
+            assert sources.find(f"sglang.srt.layers.dp_attention:{name}") is not None
+    assert sources.find("sglang.srt.layers.moe.utils:MoeA2ABackend") is not None
 
 
 def test_an_engine_tells_its_processes(sources: Sources) -> None:
     assert sources.parameters("sglang.srt.entrypoints.engine:Engine.get_all_child_pids") == {"self"}
     assert sources.find("sglang.srt.plugins:load_plugins") is not None
-    assert sources.calls("sglang.srt.managers.scheduler", "capture") is not None

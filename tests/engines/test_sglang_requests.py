@@ -1,6 +1,7 @@
 """Whose rows a batch of SGLang holds, and where a request begins from the cache, without SGLang."""
 
 import random
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -203,6 +204,75 @@ def test_an_id_that_comes_again_is_another_request() -> None:
         requests.release(req)
     assert len(numbers) == 2
     writer.close()
+
+
+class Known:
+    """Requests of a small model, and what a collector hears of them."""
+
+    def __init__(self) -> None:
+        facts: dict[str, Any] = {"layers": [0], "num_experts": 4, "top_k": 1}
+        self.writer = Writer("known", **facts)
+        self.tap = Tap(self.writer, **facts)
+        self.requests = Requests(self.tap)
+        self.collector = Collector("known")
+
+    def forward(self, req: Req, start: int, length: int) -> None:
+        self.requests.admit([req])
+        batch = SimpleNamespace(rids=[req.rid], extend_prefix_lens_cpu=[start], extend_seq_lens_cpu=[length])
+        self.tap.set_batch(self.requests.extend(batch))
+        positions = np.arange(start, start + length, dtype=np.uint32)
+        self.writer.publish(np.zeros((length, 1, 1), np.uint8), None, positions)
+
+    def states(self) -> dict[str, tuple[str, int, int]]:
+        assert self.collector.sync(5.0)
+        told = self.collector.requests()
+        columns = zip(told["request"], told["state"], told["tokens"], told["missing"], strict=True)
+        return {request: (state, tokens, missing) for request, state, tokens, missing in columns}
+
+
+@pytest.fixture
+def known() -> Iterator[Known]:
+    made = Known()
+    yield made
+    made.collector.close()
+    made.writer.close()
+
+
+def test_a_retracted_request_that_is_given_up_while_it_waits_has_ended(known: Known) -> None:
+    """SGLang drops it without another word; that it is gone shows when the next prompts come."""
+    lost, other = Req("lost", 4, 9), Req("other", 2, 9)
+    known.forward(lost, 0, 4)
+    known.requests.release(lost)
+    known.forward(other, 0, 2)
+    assert known.states()["lost"] == ("running", 4, 0)
+    del lost
+    known.forward(Req("next", 2, 9), 0, 2)
+    assert known.states()["lost"] == ("aborted", 4, 0)
+    assert known.states()["other"] == ("running", 2, 0)
+
+
+def test_an_id_that_comes_again_before_its_end_was_told_is_another_request(known: Known) -> None:
+    known.forward(Req("same", 4, 9), 0, 4)
+    known.forward(Req("same", 3, 9), 0, 3)
+    assert known.states() == {"same": ("aborted", 4, 0), "same#2": ("running", 3, 0)}
+
+
+def test_a_request_that_is_about_to_be_aborted_has_ended_when_its_slots_go(known: Known) -> None:
+    """The last one, for which there is no room even so."""
+    req = Req("last", 4, 9)
+    known.forward(req, 0, 4)
+    req.to_finish = FINISH_ABORT()
+    known.requests.release(req)
+    assert known.states() == {"last": ("aborted", 4, 0)}
+
+
+def test_a_servers_health_checks_are_nobodys(known: Known) -> None:
+    req = Req("HEALTH_CHECK_1732500000", 1, 1)
+    known.forward(req, 0, 1)
+    req.finished_reason = object()
+    known.requests.release(req)
+    known.forward(Req("mine", 2, 9), 0, 2)
+    assert known.states() == {"mine": ("running", 2, 0)}
 
 
 def test_a_request_that_comes_from_elsewhere_decodes_behind_a_prompt() -> None:

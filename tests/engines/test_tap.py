@@ -28,6 +28,9 @@ class NotingWriter:
         self.calls.append(("publish", experts, token_ids, positions, weights))
         return False  # dropped: nothing else may happen
 
+    def fail(self, reason: str) -> None:
+        self.calls.append(("fail", reason))
+
     def drop_step(self, num_rows: int) -> None:
         self.calls.append(("drop", num_rows))
 

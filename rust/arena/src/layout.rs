@@ -24,6 +24,8 @@ pub const MAX_LAYERS: usize = 512;
 pub const MAX_EXPERTS: usize = 65_536;
 /// Longest request id in bytes.
 pub const MAX_ID_BYTES: usize = 255;
+/// Room for the reason why a capture switched itself off.
+pub(crate) const FAILURE_WORDS: usize = 32;
 /// Position of a row that is none: a token that was drafted, went through the forward, and was rejected.
 pub const NO_POSITION: u32 = u32::MAX;
 /// Reader entries of an arena.
@@ -62,6 +64,10 @@ pub(crate) mod word {
     pub const CLOSED: usize = 276;
     /// How devices publish, as of the last record; 0: none does.
     pub const WAY: usize = 277;
+    /// Non-zero: the capture has switched itself off, and the text at [`FAILURE`] says why.
+    pub const FAILED: usize = 278;
+    /// Text, see [`super::FAILURE_WORDS`].
+    pub const FAILURE: usize = 320;
     /// One more than the highest reader entry ever taken.
     pub const READER_HIGH: usize = 280;
     pub const READER_TABLE: usize = 512;
@@ -354,7 +360,7 @@ pub(crate) fn origin(memory: &impl Memory) -> Option<(Producer, u64)> {
     (version != 0 && get(word::MAGIC) == MAGIC).then(|| (producer, get(word::CREATED)))
 }
 
-fn store_text(memory: &impl Memory, at: usize, room_words: usize, text: &str) {
+pub(crate) fn store_text(memory: &impl Memory, at: usize, room_words: usize, text: &str) {
     let mut end = text.len().min(room_words * 8 - 1);
     while !text.is_char_boundary(end) {
         end -= 1;
@@ -364,7 +370,7 @@ fn store_text(memory: &impl Memory, at: usize, room_words: usize, text: &str) {
     memory.write_bytes(at, &bytes);
 }
 
-fn load_text(memory: &impl Memory, at: usize, room_words: usize) -> Result<String> {
+pub(crate) fn load_text(memory: &impl Memory, at: usize, room_words: usize) -> Result<String> {
     let mut words = vec![0; room_words];
     memory.read_words(at, &mut words);
     let bytes: &[u8] = bytemuck::must_cast_slice(&words);

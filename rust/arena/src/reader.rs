@@ -4,7 +4,8 @@ use crate::batch::{End, Span, decode_end, decode_spans};
 use crate::cuda::Way;
 use crate::error::{Error, Result};
 use crate::layout::{
-    Descriptor, Facts, Header, Kind, Producer, READERS, descriptor, entry, reader_entry, section, word,
+    Descriptor, FAILURE_WORDS, Facts, Header, Kind, Producer, READERS, descriptor, entry, load_text, reader_entry,
+    section, word,
 };
 use crate::memory::Memory;
 use crate::rejected;
@@ -486,6 +487,15 @@ impl<M: Memory> Reader<M> {
     #[must_use]
     pub fn way(&self) -> Option<Way> {
         Way::from_word(self.memory.load(word::WAY, Relaxed))
+    }
+
+    /// Why the capture has switched itself off; None while it has not.
+    #[must_use]
+    pub fn failure(&self) -> Option<String> {
+        // Pairs with the release in `Writer::fail`.
+        (self.memory.load(word::FAILED, Acquire) != 0)
+            .then(|| load_text(&*self.memory, word::FAILURE, FAILURE_WORDS))
+            .map(|text| text.unwrap_or_else(|error| format!("a reason that cannot be read: {error}")))
     }
 
     /// Whether this reader holds back the reuse of space.

@@ -2,7 +2,10 @@
 
 use crate::batch::{End, Span, encode_end, encode_spans};
 use crate::error::{Error, Result};
-use crate::layout::{Descriptor, Facts, Header, Kind, descriptor, entry, reader_entry, section, what_word, word};
+use crate::layout::{
+    Descriptor, FAILURE_WORDS, Facts, Header, Kind, descriptor, entry, reader_entry, section, store_text, what_word,
+    word,
+};
 use crate::memory::Memory;
 use crate::rows::{DeviceRows, GraphRows, Landing, Prefix, Rows, Sections, Source};
 use std::collections::VecDeque;
@@ -315,6 +318,13 @@ impl<M: Memory> Writer<M> {
         self.pending.clear();
         // Pairs with the acquire in `Reader::ended`: whoever sees the end sees every record before it.
         self.memory.store(word::CLOSED, 1, Release);
+    }
+
+    /// Tell readers that the capture has switched itself off, and why: what fits of it. Nothing more is published.
+    pub fn fail(&mut self, reason: &str) {
+        store_text(&*self.memory, word::FAILURE, FAILURE_WORDS, reason);
+        // Pairs with the acquire in `Reader::failure`: whoever sees the word sees the text.
+        self.memory.store(word::FAILED, 1, Release);
     }
 
     fn lose_ends(&mut self, count: usize) {

@@ -135,6 +135,12 @@ impl Collector {
         Ok(dict)
     }
 
+    #[getter]
+    fn failure(&self, py: Python<'_>) -> PyResult<Option<String>> {
+        let inner = self.inner()?;
+        Ok(py.detach(|| inner.failure()))
+    }
+
     fn arenas(&self) -> PyResult<Vec<(u32, u32, u64, u64)>> {
         let key = |id: ArenaId| (id.rank, id.producer.pid, id.producer.start_time, id.created_ns);
         Ok(self.inner()?.arenas().into_iter().map(key).collect())

@@ -255,6 +255,11 @@ impl Writer {
         Ok(published.map_err(to_python)?.dropped == 0)
     }
 
+    fn fail(&mut self, reason: &str) -> PyResult<()> {
+        self.open()?.fail(reason);
+        Ok(())
+    }
+
     fn drop_step(&mut self, num_rows: usize) -> PyResult<()> {
         self.open()?.drop_step(num_rows);
         Ok(())

@@ -1,8 +1,9 @@
 """SGLang: the experts that a server's or an `sglang.Engine`'s tokens go to, while its scheduler overlaps with the GPU.
 
 SGLang runs the model in scheduler processes. There `plugin` is its entry point, `contract` says what it holds on to,
-`scheduler` has the hooks, `capturer` takes the experts and publishes them, `requests` knows whose they are, `model`
-what the model and the ranks are. In the process of whoever attaches there is only this: finding their capture.
+`scheduler` has the hooks, `capturer` takes the experts and publishes them (`static` where no Python runs), `requests`
+knows whose they are, `model` what the model is, `layout` which rows are this process's. In the process of whoever
+attaches there is only this: finding their capture.
 """
 
 import os

@@ -18,16 +18,20 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from expert_lens import graphs
-from expert_lens.engines.sglang.model import eager_rows, graph_rows
+from expert_lens.engines.sglang.layout import Layout, eager_rows, graph_rows
 from expert_lens.engines.sglang.requests import Requests
-from expert_lens.errors import EngineHookError, SilentTapError
+from expert_lens.engines.sglang.static import StaticExperts
+from expert_lens.errors import EngineHookError
 from expert_lens.graphs import GraphStep, ReplayRows
 from expert_lens.tap import Rows, Step, Tap
+
+if TYPE_CHECKING:
+    from expert_lens.types import Span
 
 __all__ = ["Capturer"]
 
@@ -35,33 +39,30 @@ __all__ = ["Capturer"]
 class Capturer:
     """In place of the capturer `native`, which may be None; for the target model that `runner` runs.
 
-    `static_rows`: rows of the largest forward that is no decode graph. `slots`: whether to tell KV slots, and of
-    requests that begin from the cache where.
+    `max_rows`: of the largest forward that is no decode graph. `slots`: whether to tell KV slots, and of requests that
+    begin from the cache where.
     """
 
-    def __init__(self, runner: Any, native: Any, tap: Tap, *, static_rows: int, slots: bool) -> None:
+    def __init__(self, runner: Any, native: Any, tap: Tap, layout: Layout, *, max_rows: int, slots: bool) -> None:
         self.native = native
         self.requests = Requests(tap)
         self._tap = tap
+        self._layout = layout
         self._runner = runner
         self._slots = slots
         self._layer_slots = {layer: slot for slot, layer in enumerate(tap.layers)}
+        self._static = StaticExperts(tap, max_rows, runner.device)
         self._batch: Any = None
         """The batch whose forward is running."""
         self._published = False
         """Whether a graph has published that forward's rows."""
-        self._drafted: tuple[Any, torch.Tensor] | None = None
-        """The batch and the experts [n, L, K] of drafted tokens that are not judged yet."""
-        self._replayed_spans: tuple[Any, ReplayRows | None] = (None, None)
+        self._drafted: _Drafted | None = None
+        """A forward over drafted tokens that are not judged yet."""
+        self._replayed: tuple[list[Span], ReplayRows] | None = None
         self._decode_graph: _DecodeGraph | None = None
         """The decode graph that is just being captured."""
         self._recording: Step | None = None
         """What another graph that is just being captured has handed over."""
-        self._static = torch.full(
-            (static_rows, len(tap.layers), tap.top_k), -1, dtype=torch.int32, device=runner.device
-        )
-        """Experts of forwards without Python, by row; -1 where none was written since the last publish."""
-        self._static_checked = False
 
     # ---- what SGLang calls ----
 
@@ -78,15 +79,14 @@ class Capturer:
         if ids.shape[1] != self._tap.top_k:
             ids = ids[:, : self._tap.top_k]
         if torch.compiler.is_compiling():  # nothing may be asked here that changes: it would be compiled anew
-            if ids.shape[0] <= self._static.shape[0]:
-                self._static[: ids.shape[0], slot] = ids
+            self._static.write(slot, ids)
         elif not self._tap.active:
             return
         elif self._decode_graph is not None:
             if torch.cuda.is_current_stream_capturing():  # else it warms up
-                self._hand_over(self._decode_graph.take, slot, ids)
+                self._guard(self._decode_graph.take, slot, ids)
         elif torch.cuda.is_current_stream_capturing():
-            self._hand_over(self._record_static, slot, ids)
+            self._guard(self._record_static, slot, ids)
         else:
             self._tap.layer(slot, ids)
 
@@ -98,10 +98,7 @@ class Capturer:
         if batch is not None:
             step = self._tap.end()
             if self._tap.active and not self._published:
-                try:
-                    self._publish(batch, step)
-                except Exception as error:
-                    self._tap.fail(error)
+                self._guard(self._publish, batch, step)
         if self.native is None:
             return None
         return self.native.on_forward_end(
@@ -134,90 +131,12 @@ class Capturer:
         self._batch = batch
         self._published = False
         if self._drafted is not None:  # nobody has judged them
-            self._tap.lose(len(self._drafted[1]))
+            self._tap.lose(len(self._drafted.experts))
             self._drafted = None
         if self._tap.begin() is None or not self._slots or batch.extend_prefix_lens_cpu is None:
             return
-        if batch.forward_mode.name in ("EXTEND", "MIXED") and batch.rids:
-            self._publish_prefixes(batch)
-
-    @contextmanager
-    def capturing(self, runner: Any) -> Iterator[None]:
-        """Around the warm-ups and the capture of a decode graph by SGLang's `runner`."""
-        self._decode_graph = _DecodeGraph(self._tap, runner, self._slots, self._record_static)
-        try:
-            yield
-        finally:
-            self._decode_graph = None
-
-    def follow(self, graph: Any) -> None:
-        """Have replays of the decode graph that was captured publish; inside of `capturing`."""
-        recorded = self._decode_graph.recorded if self._decode_graph is not None else None
-        if recorded is None:
-            return
-        recorded.attach_to(graph)
-        reference = weakref.ref(graph)  # what hangs on the graph must not keep it
-
-        original = type(graph).replay
-
-        def launch() -> None:
-            original(reference())
-
-        graph.replay = partial(self._replay, recorded, launch)
-
-    # ---- the rest ----
-
-    def _replay(self, recorded: GraphStep, launch: Callable[[], None]) -> None:
-        rows = None
-        batch = self._batch
-        if batch is not None and self._tap.active:
-            try:
-                spans = self.requests.decode(batch)
-                known, rows = self._replayed_spans
-                if spans is not known:
-                    rows = ReplayRows(spans, len(spans))
-                    self._replayed_spans = spans, rows
-            except Exception as error:
-                self._tap.fail(error)
-        self._published = True
-        recorded.replay(launch, rows)
-
-    def _hand_over(self, take: Callable[[int, torch.Tensor], None], slot: int, ids: torch.Tensor) -> None:
-        try:
-            take(slot, ids)
-        except Exception as error:  # the engine's capture goes on
-            self._tap.fail(error)
-
-    def _record_static(self, slot: int, ids: torch.Tensor) -> None:
-        """Record, in a graph that is being captured, the copy into the static buffer behind the last layer."""
-        if slot == 0:
-            self._recording = Step(len(self._tap.layers))
-        step = self._recording
-        if step is None:
-            raise EngineHookError(f"layer {self._tap.layers[slot]} is the first of a graph that is captured")
-        step.experts[slot] = ids
-        if slot == len(self._tap.layers) - 1:
-            self._recording = None
-            num_rows = len(ids)
-            self._tap.check_shape(step, num_rows)
-            self._static[:num_rows].copy_(torch.stack(step.experts, dim=1))  # type: ignore[arg-type]
-
-    def _publish(self, batch: Any, step: Step | None) -> None:
-        num_rows = batch.out_cache_loc.shape[0]
-        if not num_rows or not batch.rids or batch.forward_mode.is_idle():
-            return
-        mode = batch.forward_mode.name
-        if mode == "TARGET_VERIFY":
-            self._drafted = batch, self._experts(batch, step, num_rows)
-            return
-        if mode not in ("DECODE", "EXTEND", "MIXED"):
-            self._tap.lose(num_rows)
-            return
-        spans = self.requests.decode(batch) if mode == "DECODE" else self.requests.extend(batch)
-        if (rows := spans[-1][2] + spans[-1][3] if spans else 0) != num_rows:
-            raise EngineHookError(f"a forward in mode {mode} of {num_rows} tokens, of which its requests have {rows}")
-        experts = self._experts(batch, step, num_rows)
-        self._hand_on(experts, spans, batch.positions[:num_rows], batch.input_ids[:num_rows], batch.out_cache_loc)
+        if batch.forward_mode.name in ("EXTEND", "MIXED") and _is_told(batch):
+            self._guard(self._publish_prefixes, batch)
 
     def accept(self, accepted: torch.Tensor) -> None:
         """Drafted tokens are judged: publish the rows of the accepted ones.
@@ -228,105 +147,220 @@ class Capturer:
         drafted, self._drafted = self._drafted, None
         if drafted is None or not accepted.numel():
             return
-        batch, experts = drafted
-        requests, width = accepted.shape
+        width = accepted.shape[1]
         flat = accepted.flatten().to(torch.int64)
         rows = flat.clamp(min=0)
-        positions = torch.where(flat < 0, -1, batch.positions.index_select(0, rows))
         # Accepted tokens are moved to the front of their request's slots.
-        slots = batch.out_cache_loc.view(requests, -1)[:, :width].flatten()
-        tokens = batch.input_ids.index_select(0, rows)
-        self._hand_on(experts.index_select(0, rows), self.requests.decode(batch, width), positions, tokens, slots)
+        slots = drafted.slots.view(len(accepted), -1)[:, :width].flatten()
+        self._publish_rows(
+            drafted.experts.index_select(0, rows),
+            self.requests.decode(drafted.batch, width),
+            torch.where(flat < 0, -1, drafted.positions.index_select(0, rows)),
+            drafted.batch.input_ids.index_select(0, rows),
+            slots,
+        )
 
-    def _hand_on(
-        self, experts: torch.Tensor, spans: Any, positions: torch.Tensor, tokens: torch.Tensor, slots: torch.Tensor
+    @contextmanager
+    def capturing(self, runner: Any, size: int) -> Iterator[None]:
+        """Around the warm-ups and the capture of a decode graph of `size` requests by SGLang's `runner`."""
+        self._guard(self._begin_capture, runner, size)
+        try:
+            yield
+        finally:
+            self._decode_graph = None
+
+    def _begin_capture(self, runner: Any, size: int) -> None:
+        self._decode_graph = _DecodeGraph(self._tap, runner, size, self._layout, self._slots, self._static)
+
+    def follow(self, graph: Any) -> None:
+        """Have replays of the decode graph that was captured publish; inside of `capturing`.
+
+        Raises EngineHookError if `graph` is none: what was recorded would publish where nobody counts it.
+        """
+        recorded = None if self._decode_graph is None else self._decode_graph.recorded
+        if recorded is None:
+            return
+        if not isinstance(graph, torch.cuda.CUDAGraph):
+            raise EngineHookError(
+                f"where SGLang keeps its decode graphs there is {type(graph).__name__}, and no CUDAGraph"
+            )
+        recorded.attach_to(graph)
+        reference: Callable[[], Any] = weakref.ref(graph)  # what hangs on the graph must not keep it
+        original = type(graph).replay
+
+        def launch() -> None:
+            original(reference())
+
+        graph.replay = partial(self._replay, recorded, launch)  # type: ignore[method-assign]
+
+    # ---- the rest ----
+
+    def _guard(self, work: Callable[..., None], *args: Any) -> None:
+        """Do something of ours: an error of it ends the capture, and not the engine."""
+        try:
+            work(*args)
+        except Exception as error:
+            self._tap.fail(error)
+
+    def _replay(self, recorded: GraphStep, launch: Callable[[], None]) -> None:
+        rows = None
+        batch = self._batch
+        if batch is not None and self._tap.active:
+            try:
+                rows = self._rows_of_replay(batch)
+            except Exception as error:
+                self._tap.fail(error)
+        self._published = True
+        recorded.replay(launch, rows)
+
+    def _rows_of_replay(self, batch: Any) -> ReplayRows | None:
+        if not _is_told(batch):
+            self._tap.lose(batch.batch_size)
+            return None
+        spans = self.requests.decode(batch)
+        if self._replayed is None or spans is not self._replayed[0]:
+            self._replayed = spans, ReplayRows(spans, len(spans))
+        return self._replayed[1]
+
+    def _record_static(self, slot: int, ids: torch.Tensor) -> None:
+        """Record, in a graph of prompts that is being captured, what the forward's end is to find."""
+        if self._layout.attn_dp_size > 1:
+            raise EngineHookError(
+                "graphs of prompts with data-parallel attention, whose rows expert_lens cannot tell apart yet. Start "
+                "with --disable-prefill-cuda-graph."
+            )
+        if slot == 0:
+            self._recording = Step(len(self._tap.layers))
+        step = self._recording
+        if step is None:
+            raise EngineHookError(f"layer {self._tap.layers[slot]} is the first of a graph that is captured")
+        step.experts[slot] = ids
+        if slot == len(self._tap.layers) - 1:
+            self._recording = None
+            self._static.record(step)
+
+    def _publish(self, batch: Any, step: Step | None) -> None:
+        mode = batch.forward_mode.name
+        if mode == "IDLE" or not batch.batch_size:
+            return
+        if mode not in ("DECODE", "EXTEND", "MIXED", "TARGET_VERIFY") or not _is_told(batch):
+            self._tap.lose(batch.out_cache_loc.shape[0])
+            return
+        if mode == "TARGET_VERIFY":
+            num_rows = len(batch.rids) * int(batch.spec_info.draft_token_num)
+            experts, positions = self._experts(batch, step, num_rows)
+            self._drafted = _Drafted(batch, experts, positions, batch.out_cache_loc[:num_rows])
+            return
+        spans = self.requests.decode(batch) if mode == "DECODE" else self.requests.extend(batch)
+        if not spans:
+            return
+        num_rows = spans[-1][2] + spans[-1][3]  # what is behind them pads
+        experts, positions = self._experts(batch, step, num_rows)
+        self._publish_rows(experts, spans, positions, batch.input_ids[:num_rows], batch.out_cache_loc[:num_rows])
+
+    def _publish_rows(
+        self,
+        experts: torch.Tensor,
+        spans: list[Span],
+        positions: torch.Tensor,
+        token_ids: torch.Tensor,
+        slots: torch.Tensor,
     ) -> None:
         kv_slots = slots.to(torch.int32) if self._slots else None
-        self._tap.publish(experts, None, Rows(spans, positions.to(torch.int32), tokens, kv_slots=kv_slots))
+        self._tap.publish(experts, None, Rows(spans, positions.to(torch.int32), token_ids, kv_slots=kv_slots))
 
-    def _experts(self, batch: Any, step: Step | None, num_rows: int) -> torch.Tensor:
-        """The packed experts [n, L, K] of this rank's rows of the forward that has just run."""
+    def _experts(self, batch: Any, step: Step | None, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Packed experts [n, L, K] and positions [n] of this process's rows of the forward that has just run."""
+        positions = batch.positions[:num_rows]
         first = None if step is None else step.experts[0]
         if step is not None and first is not None:
+            begin = eager_rows(len(first), len(batch.input_ids), batch.global_num_tokens_cpu, self._layout)
             experts, _ = self._tap.pack(step, len(first))
-            begin = eager_rows(self._runner, batch, len(first))
-            return experts[begin : begin + num_rows]
-        begin = eager_rows(self._runner, batch, len(self._static))
-        wide = self._static[begin : begin + num_rows]
-        if not self._static_checked:
-            self._check_static(wide, num_rows)
-        experts = wide.to(torch.uint8 if self._tap.num_experts <= 256 else torch.int16)
-        wide.fill_(-1)
-        return experts
-
-    def _check_static(self, wide: torch.Tensor, num_rows: int) -> None:
-        """Once: whether every layer has written its experts."""
-        silent = (wide < 0).any(dim=2).any(dim=0).tolist() if len(wide) == num_rows else [True] * len(self._tap.layers)
-        if any(silent):
-            layers = tuple(layer for layer, none in zip(self._tap.layers, silent, strict=True) if none)
-            raise SilentTapError(
-                f"layers {layers} handed over no experts in a forward of {num_rows} tokens: SGLang chooses them where "
-                "its capturer does not see it (a fused kernel of this moe_runner_backend, say 'triton').",
-                layers,
+            experts = experts[begin : begin + num_rows]
+        else:
+            experts, there = self._static.take(num_rows)
+            if len(experts) == num_rows:
+                positions = torch.where(there, positions, -1)
+        if len(experts) != num_rows or len(positions) != num_rows:
+            raise EngineHookError(
+                f"a forward in mode {batch.forward_mode.name} of {num_rows} tokens gave experts of {len(experts)} and "
+                f"{len(positions)} positions"
             )
-        self._static_checked = True
+        return experts, positions
 
     def _publish_prefixes(self, batch: Any) -> None:
         """Tell where the beginnings of requests stand in the cache, which this forward does not compute again.
 
         Before the forward: behind it, the scheduler may already have given `req_to_token` other slots.
         """
-        try:
-            if not (found := self.requests.from_cache(batch)):
-                return
-            table = self._runner.req_to_token_pool.req_to_token
-            # Pinned, so that the copy is not waited for.
-            places = torch.tensor([place for place, _ in found], pin_memory=True).to(table.device, non_blocking=True)
-            rows = batch.req_pool_indices.index_select(0, places)
-            longest = max(span[3] for _, span in found)
-            slots = table[:, :longest].index_select(0, rows)
-            joined = torch.cat([slots[i, : span[3]] for i, (_, span) in enumerate(found)])
-            self._tap.publish_prefix([span for _, span in found], joined.to(torch.int32))
-        except Exception as error:
-            self._tap.fail(error)
+        if not (found := self.requests.from_cache(batch)):
+            return
+        table = self._runner.req_to_token_pool.req_to_token
+        # Pinned, so that the copy is not waited for.
+        places = torch.tensor([place for place, _ in found], pin_memory=True).to(table.device, non_blocking=True)
+        rows = batch.req_pool_indices.index_select(0, places)
+        longest = max(span[3] for _, span in found)
+        slots = table[:, :longest].index_select(0, rows)
+        joined = torch.cat([slots[i, : span[3]] for i, (_, span) in enumerate(found)])
+        self._tap.publish_prefix([span for _, span in found], joined.to(torch.int32))
+
+
+def _is_told(batch: Any) -> bool:
+    """Whether each sequence of the batch is a request by name; those of a beam search are not."""
+    return bool(batch.rids) and len(batch.rids) == batch.batch_size
+
+
+class _Drafted(NamedTuple):
+    """A forward over drafted tokens: experts [n, L, K], positions [n] and KV slots [n]."""
+
+    batch: Any
+    experts: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
 
 
 class _DecodeGraph:
-    """A decode graph while it is captured."""
+    """A decode graph while it is captured, of `size` requests."""
 
-    def __init__(self, tap: Tap, runner: Any, slots: bool, elsewhere: Callable[[int, torch.Tensor], None]) -> None:
+    def __init__(self, tap: Tap, runner: Any, size: int, layout: Layout, slots: bool, static: StaticExperts) -> None:
         self.recorded: GraphStep | None = None
         self._tap = tap
+        self._buffers = runner.buffers
+        width = getattr(runner, "num_tokens_per_bs", None) or getattr(runner, "captured_req_width", None) or 1
+        self._num_rows = size * int(width)
+        self._layout = layout
         self._slots = slots
-        self._runner = runner
-        self._elsewhere = elsewhere
+        self._static = static
         self._step: Step | None = None
         self._publishes = _is_one_graph(runner) and runner.capture_forward_mode.is_decode()
 
     def take(self, slot: int, ids: torch.Tensor) -> None:
-        """Hold a layer's ids; behind the last one, record the publishing."""
-        if not self._publishes:
-            self._elsewhere(slot, ids)
-            return
+        """Hold a layer's ids; behind the last one, record what is to become of them."""
         if slot == 0:
             self._step = Step(len(self._tap.layers))
-            graphs.mark_beginning(self._step)
+            if self._publishes:
+                graphs.mark_beginning(self._step)
         step = self._step
         if step is None:
             raise EngineHookError(f"layer {self._tap.layers[slot]} is the first of a decode graph")
-        ids = ids[graph_rows(self._runner.model_runner, len(ids))]
-        step.experts[slot] = ids
+        step.experts[slot] = ids[graph_rows(len(ids), self._num_rows, self._layout)]
         if slot == len(self._tap.layers) - 1:
-            buffers, num_rows = self._runner.buffers, len(ids)
             self._step = None
-            self.recorded = graphs.record(
-                self._tap,
-                step,
-                num_rows,
-                token_ids=buffers.input_ids[:num_rows],
-                positions=buffers.positions[:num_rows],
-                kv_slots=buffers.out_cache_loc[:num_rows] if self._slots else None,
-            )
+            self._record(step)
+
+    def _record(self, step: Step) -> None:
+        if not self._publishes:
+            self._static.record(step)
+            return
+        buffers, num_rows = self._buffers, self._num_rows
+        self.recorded = graphs.record(
+            self._tap,
+            step,
+            num_rows,
+            token_ids=buffers.input_ids[:num_rows],
+            positions=buffers.positions[:num_rows],
+            kv_slots=buffers.out_cache_loc[:num_rows] if self._slots else None,
+        )
 
 
 def _is_one_graph(runner: Any) -> bool:

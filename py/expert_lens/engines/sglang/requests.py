@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from expert_lens.engines.names import RequestNames, next_number
 
@@ -14,12 +15,18 @@ if TYPE_CHECKING:
 __all__ = ["Requests"]
 
 
-class _Request:
-    __slots__ = ("end", "id", "number", "prompt_tokens", "running")
+HEALTH_CHECK = "HEALTH_CHECK"
+"""How the ids of requests begin that a server sends to itself to see whether it lives: they are nobody's."""
 
-    def __init__(self, request_id: str, prompt_tokens: int) -> None:
-        self.number = next_number()
+
+class _Request:
+    __slots__ = ("end", "id", "number", "prompt_tokens", "req", "running")
+
+    def __init__(self, request_id: str, number: int, prompt_tokens: int, req: Any) -> None:
+        self.number = number
         self.id = request_id
+        self.req = None if req is None else weakref.ref(req)
+        """SGLang's own, where it was seen: an id may come again while the one before was never said to have ended."""
         self.prompt_tokens = prompt_tokens
         self.end = 0
         """How many positions its extends have reached."""
@@ -37,6 +44,7 @@ class Requests:
         self._tap = tap
         self._names = RequestNames()
         self._live: dict[str, _Request] = {}
+        self._retracted: set[str] = set()
         self._decoding: tuple[list[str], int] | None = None
         self._spans: list[Span] = []
         """Of the last decode batch, whose rids and rows a request are `_decoding`."""
@@ -44,8 +52,18 @@ class Requests:
     def admit(self, reqs: Iterable[Any]) -> None:
         """Learn how long the prompts of a batch's requests are."""
         for req in reqs:
-            if req.rid not in self._live:
-                self._add(req.rid, len(req.origin_input_ids))
+            known = self._live.get(req.rid)
+            if known is not None and known.req is not None and known.req() is not req:
+                self._end(req.rid, known.end, "aborted")
+                known = None
+            if known is None:
+                self._add(req.rid, len(req.origin_input_ids), req)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """End requests that were retracted and then given up while they waited, of which SGLang says no more."""
+        for rid in [rid for rid in self._retracted if (req := self._live[rid].req) is not None and req() is None]:
+            self._end(rid, self._live[rid].end, "aborted")
 
     def decode(self, batch: Any, width: int = 1) -> list[Span]:
         """The spans of a decode step, `width` rows a request; the same list as long as the batch stays the same."""
@@ -64,7 +82,9 @@ class Requests:
         row = 0
         for rid, start, length in zip(batch.rids, batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu, strict=True):
             request = self._live.get(rid) or self._add(rid, start + length)
-            request.running = True
+            if not request.running:
+                request.running = True
+                self._retracted.discard(rid)
             request.end = start + length
             if length:
                 phase: Phase = "prefill" if start < request.prompt_tokens else "decode"
@@ -80,7 +100,7 @@ class Requests:
         row = 0
         for index, (rid, start) in enumerate(zip(batch.rids, batch.extend_prefix_lens_cpu, strict=True)):
             request = self._live.get(rid)
-            if request is not None and not request.running and start:
+            if request is not None and request.number and not request.running and start:
                 found.append((index, self._span(request, row, start, "prefill")))
                 row += start
         return found
@@ -90,20 +110,29 @@ class Requests:
         request = self._live.get(req.rid)
         if request is None:
             return
-        if not req.finished():
+        reason = req.finished_reason or getattr(req, "to_finish", None)
+        if reason is None:
             request.running = False
+            self._retracted.add(req.rid)
             return
-        del self._live[req.rid]
-        self._decoding = None
         # A step that overlapped the end may have run one token past it.
         positions = len(req.origin_input_ids) + max(len(req.output_ids), 1) - 1
-        aborted = type(req.finished_reason).__name__ == "FINISH_ABORT"
+        aborted = type(reason).__name__ == "FINISH_ABORT"
         if aborted and not req.output_ids:
             positions = request.end
-        self._tap.finish(request.number, request.id, positions, "aborted" if aborted else "finished")
+        self._end(req.rid, positions, "aborted" if aborted else "finished")
 
-    def _add(self, rid: str, prompt_tokens: int) -> _Request:
-        request = self._live[rid] = _Request(self._names.unique(rid), prompt_tokens)
+    def _end(self, rid: str, positions: int, state: Literal["finished", "aborted"]) -> None:
+        request = self._live.pop(rid)
+        self._retracted.discard(rid)
+        self._decoding = None
+        if request.number:
+            self._tap.finish(request.number, request.id, positions, state)
+
+    def _add(self, rid: str, prompt_tokens: int, req: Any = None) -> _Request:
+        nobody = rid.startswith(HEALTH_CHECK)
+        name, number = ("", 0) if nobody else (self._names.unique(rid), next_number())
+        request = self._live[rid] = _Request(name, number, prompt_tokens, req)
         return request
 
     def _span(self, request: _Request, row: int, rows: int, phase: Phase) -> Span:

@@ -8,11 +8,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from expert_lens._core import Writer
 from expert_lens.engines.sglang import contract, model
 from expert_lens.engines.sglang.capturer import Capturer
+from expert_lens.engines.sglang.layout import Layout, refuse_unknown
 from expert_lens.errors import NotMoEError
 from expert_lens.tap import Tap
 
@@ -63,7 +62,11 @@ class SchedulerHooks:
             log.error("expert_lens captures nothing: %s: %s", type(error).__name__, error)
 
     def _attach(self, runner: Any) -> None:
-        rank = model.publishing_rank(runner)
+        from sglang.srt.layers.moe import get_moe_a2a_backend
+
+        layout = Layout.of(runner)
+        refuse_unknown(layout, runner.server_args, get_moe_a2a_backend().value)
+        rank = layout.publishing_rank
         if rank is None:
             return
         facts = model.facts(runner)
@@ -77,11 +80,16 @@ class SchedulerHooks:
             runner,
             self._get(),
             tap,
-            static_rows=_largest_forward(runner),
+            layout,
+            max_rows=model.largest_forward(runner),
             slots=facts["kv_slots"] > 0,
         )
         self._set(self._capturer)
         self._runner, self._tap = runner, tap
+        if contract.VERIFY.find() is None and not runner.spec_algorithm.is_none():
+            log.warning(
+                "expert_lens: rows of drafted tokens count as dropped, as this SGLang has no %s", contract.VERIFY.paths
+            )
         log.info("expert_lens publishes as capture %s, rank %d", name, rank)
 
     def after_init_batch(self, batch: Any, _: Any, made_of: Any, model_runner: Any, *__: Any, **___: Any) -> None:
@@ -92,21 +100,23 @@ class SchedulerHooks:
     def before_forward(self, runner: Any, forward_batch: Any, *_: Any, **__: Any) -> None:
         """A forward begins, on its stream."""
         if runner is self._runner and self._capturer is not None:
-            self._capturer.begin(forward_batch)
+            self._guard(self._capturer.begin, forward_batch)
 
-    def around_decode_capture(self, capture: Callable[..., Any], graph_runner: Any, *args: Any, **kwargs: Any) -> Any:
-        """A decode graph is captured."""
+    def around_decode_capture(
+        self, capture: Callable[..., Any], graph_runner: Any, size: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """A decode graph of so many requests is captured."""
         if self._capturer is None or graph_runner.model_runner is not self._runner:
-            return capture(graph_runner, *args, **kwargs)
-        with self._capturer.capturing(graph_runner):
-            result = capture(graph_runner, *args, **kwargs)
+            return capture(graph_runner, size, *args, **kwargs)
+        with self._capturer.capturing(graph_runner, size):
+            result = capture(graph_runner, size, *args, **kwargs)
             self._guard(self._follow, graph_runner, result)
         return result
 
     def _follow(self, graph_runner: Any, result: Any) -> None:
         backend = getattr(graph_runner, "backend", None)
         graph = result[0] if backend is None else next(reversed(getattr(backend, "_graphs", {}).values()), None)
-        if self._capturer is not None and isinstance(graph, torch.cuda.CUDAGraph):
+        if self._capturer is not None:
             self._capturer.follow(graph)
 
     def after_verify(self, result: Any, *_: Any, **__: Any) -> None:
@@ -140,11 +150,3 @@ def _capturer_module() -> Any:
     path = contract.CAPTURER.find()
     assert path is not None, "contract.problems() would have named it"
     return importlib.import_module(path.partition(":")[0])
-
-
-def _largest_forward(runner: Any) -> int:
-    """Rows of the largest forward: a chunk of prompts, or the largest graph, with all that decode beside it."""
-    args = runner.server_args
-    chunk = getattr(args, "chunked_prefill_size", None) or 0
-    prefill = chunk if chunk > 0 else getattr(args, "max_prefill_tokens", 0) or 16384
-    return int(max(prefill, 4096) + runner.max_running_requests)

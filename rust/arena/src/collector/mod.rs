@@ -78,6 +78,8 @@ pub struct Stats {
     pub memory: u64,
     /// How devices publish; None where none does.
     pub way: Option<Way>,
+    /// Why a publisher has switched its capture off; None while none has.
+    pub failure: Option<String>,
     /// Arenas, one a rank.
     pub arenas: u64,
     /// Whether every publisher has ended, and everything was read.
@@ -248,6 +250,12 @@ impl Collector {
         self.lock().arenas()
     }
 
+    /// Why a publisher has switched its capture off; None while none has.
+    #[must_use]
+    pub fn failure(&self) -> Option<String> {
+        self.lock().failure()
+    }
+
     /// The collector's figures.
     #[must_use]
     pub fn stats(&self) -> Stats {
@@ -404,6 +412,13 @@ impl Inner {
         }
     }
 
+    fn failure(&self) -> Option<String> {
+        match &self.closed {
+            Some((stats, _)) => stats.failure.clone(),
+            None => self.feed.sources.iter().find_map(|source| source.reader.failure()),
+        }
+    }
+
     fn stats(&self, tokens: u64) -> Stats {
         if let Some((stats, _)) = &self.closed {
             return stats.clone();
@@ -426,6 +441,7 @@ impl Inner {
             lag_s: self.lag_ns.max(waited) as f64 * 1e-9,
             memory: self.store.bytes() as u64,
             way: self.feed.sources.iter().find_map(|source| source.reader.way()),
+            failure: self.failure(),
             arenas: self.feed.sources.len() as u64,
             ended: self.feed.is_over(),
         }

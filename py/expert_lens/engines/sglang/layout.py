@@ -1,0 +1,123 @@
+"""Which of the rows that a MoE layer sees are this process's, and which process publishes at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from expert_lens.errors import EngineHookError, UnsupportedModelError
+
+__all__ = ["Layout", "eager_rows", "graph_rows", "refuse_unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A process's place among the ranks. `replica`: of data parallelism by whole engines, beside that of attention."""
+
+    pp_size: int
+    attn_tp_size: int
+    attn_tp_rank: int
+    attn_dp_size: int
+    attn_dp_rank: int
+    attn_cp_size: int
+    replica: int
+
+    @classmethod
+    def of(cls, runner: Any) -> Layout:
+        """Raises UnsupportedModelError where this release does not say which replica the process is."""
+        try:
+            from sglang.srt.runtime_context import get_parallel
+        except ImportError:  # before 0.5.15
+            from sglang.srt.layers import dp_attention
+
+            args = runner.server_args
+            by_attention = dp_attention.is_dp_attention_enabled()
+            if args.dp_size > 1 and not by_attention:
+                raise UnsupportedModelError(
+                    f"{args.dp_size} data-parallel replicas, and this release of SGLang does not tell its model which "
+                    "one it is. Use --enable-dp-attention, or SGLang 0.5.15 or newer."
+                ) from None
+            return cls(
+                pp_size=runner.pp_size,
+                attn_tp_size=dp_attention.get_attention_tp_size(),
+                attn_tp_rank=dp_attention.get_attention_tp_rank(),
+                attn_dp_size=args.dp_size if by_attention else 1,
+                attn_dp_rank=dp_attention.get_attention_dp_rank(),
+                attn_cp_size=getattr(args, "attn_cp_size", 1) or 1,
+                replica=0,
+            )
+        here = get_parallel()
+        replica = getattr(runner, "dp_rank", None)
+        if replica is None:
+            replica = getattr(here, "dp_rank", None)
+        by_attention = here.attn_dp_size > 1
+        return cls(
+            pp_size=here.pp_size,
+            attn_tp_size=here.attn_tp_size,
+            attn_tp_rank=here.attn_tp_rank,
+            attn_dp_size=here.attn_dp_size,
+            attn_dp_rank=here.attn_dp_rank,
+            attn_cp_size=here.attn_cp_size,
+            replica=0 if by_attention else replica or 0,
+        )
+
+    @property
+    def publishing_rank(self) -> int | None:
+        """The rank under which this process publishes; None if another one publishes the same.
+
+        Tensor-parallel ranks route alike, so the first of each data-parallel rank publishes.
+        """
+        return None if self.attn_tp_rank else self.replica * self.attn_dp_size + self.attn_dp_rank
+
+
+def refuse_unknown(layout: Layout, args: Any, a2a_backend: Any) -> None:
+    """Raises UnsupportedModelError for what would give rows that are not whole, or not those of one process.
+
+    `args`: SGLang's server arguments; `a2a_backend`: its way from rank to rank of tokens, or "none".
+    """
+    reasons = {
+        "pipeline stages, each of which has a part of the layers (--pp-size)": layout.pp_size > 1,
+        "context-parallel ranks, each of which has a part of the tokens": layout.attn_cp_size > 1,
+        f"--moe-a2a-backend {a2a_backend} over {layout.attn_tp_size} attention ranks, each of which has a part of the "
+        "tokens": layout.attn_tp_size > 1 and str(a2a_backend) != "none",
+        "--enable-two-batch-overlap, which runs each layer twice": getattr(args, "enable_two_batch_overlap", False),
+        "--enable-pdmux, which runs a forward in several parts": getattr(args, "enable_pdmux", False),
+        "--kt-weight-path, where ids are changed after they were chosen": getattr(args, "kt_weight_path", None),
+    }
+    if found := [reason for reason, there in reasons.items() if there]:
+        raise UnsupportedModelError(f"expert_lens cannot capture this yet: {'; '.join(found)}. Start without it.")
+
+
+def graph_rows(num_ids: int, num_rows: int, layout: Layout) -> slice:
+    """In a decode graph of `num_rows` rows: this process's among the `num_ids` that a MoE layer sees.
+
+    With data-parallel attention a layer sees as many of each rank, one behind the other, unless each rank routes its
+    own.
+
+    Raises EngineHookError for another number.
+    """
+    if num_ids == num_rows:
+        return slice(0, num_rows)
+    if num_ids == num_rows * layout.attn_dp_size:
+        return slice(layout.attn_dp_rank * num_rows, (layout.attn_dp_rank + 1) * num_rows)
+    raise EngineHookError(
+        f"a MoE layer saw {num_ids} tokens in a decode graph of {num_rows}, of {layout.attn_dp_size} "
+        "data-parallel ranks"
+    )
+
+
+def eager_rows(num_ids: int, num_padded: int, counts: Sequence[int] | None, layout: Layout) -> int:
+    """In an eager forward: the first of this process's rows among the `num_ids` that a MoE layer sees.
+
+    `num_padded`: tokens that the forward ran over here; `counts`: of each data-parallel rank, if there are several.
+
+    Raises EngineHookError for another number.
+    """
+    if layout.attn_dp_size == 1:
+        return 0
+    if counts is not None and num_ids == sum(counts):
+        return sum(counts[: layout.attn_dp_rank])
+    if num_ids == num_padded:
+        return 0
+    raise EngineHookError(f"a MoE layer saw {num_ids} tokens in a forward of {num_padded}, of ranks with {counts}")

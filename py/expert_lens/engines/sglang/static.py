@@ -1,0 +1,63 @@
+"""Experts of forwards in which no Python runs: a buffer that graphs and compiled code write, for the forward's end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from expert_lens.errors import SilentTapError
+from expert_lens.tap import Step, Tap
+
+__all__ = ["StaticExperts"]
+
+
+class StaticExperts:
+    """One row of the buffer for each row of a forward, of at most `max_rows`; -1 where nothing was written."""
+
+    def __init__(self, tap: Tap, max_rows: int, device: torch.device | str) -> None:
+        self._tap = tap
+        self._ids = torch.full((max_rows, len(tap.layers), tap.top_k), -1, dtype=torch.int32, device=device)
+        self._checked = False
+
+    def write(self, slot: int, ids: torch.Tensor) -> None:
+        """Copy one layer's ids [n, K], as a part of code that is being compiled."""
+        if ids.shape[0] <= self._ids.shape[0]:  # else these rows are missing
+            self._ids[: ids.shape[0], slot] = ids
+
+    def record(self, step: Step) -> None:
+        """Copy all layers' ids, as a part of a graph that is being captured."""
+        num_rows = len(self._first(step.experts))
+        self._tap.check_shape(step, num_rows)
+        self._ids[:num_rows].copy_(torch.stack(step.experts, dim=1))  # type: ignore[arg-type]
+
+    def take(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the forward that is enqueued writes: packed experts [n, L, K], and bool [n], whether a row is there.
+
+        The buffer is empty behind it, so that a forward that writes nothing gives no rows of this one.
+
+        Raises SilentTapError for the first one, if a layer has written nothing; later on such rows are not there.
+        """
+        ids = self._ids[:num_rows]
+        there = (ids >= 0).flatten(1).all(dim=1)
+        if not self._checked:
+            self._check(ids, num_rows)
+        experts = ids.to(torch.uint8 if self._tap.num_experts <= 256 else torch.int16)
+        self._ids.fill_(-1)
+        return experts, there
+
+    def _check(self, ids: torch.Tensor, num_rows: int) -> None:
+        missing = (ids < 0).any(dim=2).any(dim=0).tolist() if len(ids) == num_rows else [True] * len(self._tap.layers)
+        if any(missing):
+            layers = tuple(layer for layer, none in zip(self._tap.layers, missing, strict=True) if none)
+            raise SilentTapError(
+                f"layers {layers} handed over no experts in a forward of {num_rows} tokens: SGLang chooses them where "
+                "its capturer does not see it, a fused kernel, say. Try another --moe-runner-backend, such as triton.",
+                layers,
+            )
+        self._checked = True
+
+    @staticmethod
+    def _first(experts: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        (first, *_) = [ids for ids in experts if ids is not None]
+        return first

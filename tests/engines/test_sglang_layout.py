@@ -1,0 +1,85 @@
+"""Which rows of a MoE layer are this process's, for any number of processes, without SGLang."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from expert_lens.engines.sglang.layout import Layout, eager_rows, graph_rows, refuse_unknown
+from expert_lens.errors import EngineHookError, UnsupportedModelError
+
+
+def layout(**changes: int) -> Layout:
+    one = {
+        "pp_size": 1, "attn_tp_size": 1, "attn_tp_rank": 0, "attn_dp_size": 1, "attn_dp_rank": 0, "attn_cp_size": 1,
+        "replica": 0,
+    }  # fmt: skip
+    return Layout(**{**one, **changes})
+
+
+def test_one_process_of_each_data_parallel_rank_publishes() -> None:
+    """8 processes: 2 replicas, in each 2 ranks of data-parallel attention, in each 2 of tensor parallelism."""
+    found = [
+        layout(attn_tp_size=2, attn_tp_rank=tp, attn_dp_size=2, attn_dp_rank=dp, replica=replica).publishing_rank
+        for replica in range(2)
+        for dp in range(2)
+        for tp in range(2)
+    ]
+    assert found == [0, None, 1, None, 2, None, 3, None]
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_a_graphs_rows_stand_behind_those_of_the_ranks_before(rank: int) -> None:
+    ranks = layout(attn_dp_size=4, attn_dp_rank=rank)
+    seen = [(owner, row) for owner in range(4) for row in range(16)]
+    assert seen[graph_rows(64, 16, ranks)] == [(rank, row) for row in range(16)]
+    assert graph_rows(16, 16, ranks) == slice(0, 16)  # each rank routes its own
+    with pytest.raises(EngineHookError, match="saw 32 tokens in a decode graph of 16, of 4 data-parallel ranks"):
+        graph_rows(32, 16, ranks)
+
+
+def test_without_data_parallel_attention_every_row_of_a_graph_is_ones_own() -> None:
+    assert graph_rows(8, 8, layout()) == slice(0, 8)
+    with pytest.raises(EngineHookError, match="saw 16 tokens"):
+        graph_rows(16, 8, layout())
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_an_eager_forwards_rows_stand_behind_those_of_the_ranks_before(rank: int) -> None:
+    counts, ranks = [5, 0, 7], layout(attn_dp_size=3, attn_dp_rank=rank)
+    seen = [owner for owner, count in enumerate(counts) for _ in range(count)]
+    begin = eager_rows(12, counts[rank], counts, ranks)
+    assert seen[begin : begin + counts[rank]] == [rank] * counts[rank]
+    if counts[rank]:
+        assert eager_rows(counts[rank], counts[rank], counts, ranks) == 0  # each rank routes its own
+    with pytest.raises(EngineHookError, match="saw 11 tokens"):
+        eager_rows(11, counts[rank], counts, ranks)
+
+
+def test_a_padded_forward_of_one_rank_begins_with_its_rows() -> None:
+    assert eager_rows(16, 16, None, layout()) == 0
+    assert eager_rows(16, 13, [13], layout()) == 0
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "backend", "message"),
+    [
+        ({"pp_size": 2}, {}, "none", "pipeline stages"),
+        ({"attn_cp_size": 2}, {}, "none", "context-parallel ranks"),
+        ({"attn_tp_size": 2}, {}, "deepep", "--moe-a2a-backend deepep over 2 attention ranks"),
+        ({"attn_tp_size": 4}, {}, "mooncake", "--moe-a2a-backend mooncake over 4 attention ranks"),
+        ({}, {"enable_two_batch_overlap": True}, "none", "--enable-two-batch-overlap"),
+        ({}, {"enable_pdmux": True}, "none", "--enable-pdmux"),
+        ({}, {"kt_weight_path": "weights/"}, "none", "--kt-weight-path"),
+    ],
+)
+def test_what_gives_no_whole_rows_is_refused_by_name(
+    ranks: dict[str, int], options: dict[str, Any], backend: str, message: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        refuse_unknown(layout(**ranks), SimpleNamespace(**options), backend)
+
+
+def test_what_gives_whole_rows_is_not_refused() -> None:
+    refuse_unknown(layout(attn_tp_size=4), SimpleNamespace(), "none")
+    refuse_unknown(layout(attn_dp_size=4), SimpleNamespace(enable_pdmux=False, kt_weight_path=None), "deepep")
