@@ -3,6 +3,7 @@
 The newest release that the registry has is among them, so that one which breaks us is seen when it comes out.
 """
 
+import ast
 import inspect
 
 import pytest
@@ -94,6 +95,25 @@ def test_a_decode_graph_has_its_inputs_and_can_be_found(sources: Sources) -> Non
     if "DecodeCudaGraphRunner" in runner:
         backend = "sglang.srt.model_executor.runner_backend.full_cuda_graph_backend:FullCudaGraphBackend"
         assert {"_graphs", "capture_one", "replay"} <= sources.fields(backend)
+
+
+def test_drafted_tokens_are_judged_where_we_listen(sources: Sources) -> None:
+    """Older releases judge them elsewhere: there, their rows count as dropped."""
+    path = contract.VERIFY.paths[0]
+    if sources.version == OLDEST:
+        assert sources.find(path) is None
+        return
+    assert set(contract.VERIFY.parameters) <= (sources.parameters(path) or set())
+    judge = sources.find(path)
+    assert judge is not None
+    returned = [node.value for node in ast.walk(judge) if isinstance(node, ast.Return)]
+    assert returned
+    for value in returned:
+        assert isinstance(value, ast.Tuple)
+        assert [getattr(each, "id", "") for each in value.elts][-1] == "accept_index"
+        assert len(value.elts) == 3
+    for name in ("eagle_info:EagleVerifyInput", "ngram_info:NgramVerifyInput"):
+        assert "draft_token_num" in sources.fields(f"sglang.srt.speculative.{name}")
 
 
 def test_the_runner_says_what_the_model_is(sources: Sources) -> None:

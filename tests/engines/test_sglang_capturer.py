@@ -1,0 +1,282 @@
+"""The capturer, called as SGLang's scheduler calls it, over CPU tensors: what a reader gets of each kind of forward.
+
+What needs a GPU (graphs, streams) is in tests/gpu/test_sglang.py, with the real engine.
+"""
+
+import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from expert_lens._core import Collector, Writer
+from expert_lens.engines.sglang.capturer import Capturer
+from expert_lens.engines.sglang.layout import Layout
+from expert_lens.errors import EngineHookError, SilentTapError
+from expert_lens.tap import Rows, Tap
+
+LAYERS, EXPERTS, TOP_K = [1, 2, 5], 256, 2
+FACTS: dict[str, Any] = {"layers": LAYERS, "num_experts": EXPERTS, "top_k": TOP_K}
+ONE = Layout(1, 1, 0, 1, 0, 1, 0)
+
+
+class HostTap(Tap):
+    """Publishes from the CPU what otherwise a GPU does."""
+
+    def publish(self, experts: Any, _: Any, rows: Rows, *__: Any, **___: Any) -> None:
+        self.set_batch(rows.spans)
+        columns = [rows.token_ids, rows.positions, rows.kv_slots]
+        tokens, positions, slots = (torch.as_tensor(one).to(torch.int32).numpy().view(np.uint32) for one in columns)
+        self.writer.publish(experts.numpy(), tokens, positions, kv_slots=slots)
+
+    def publish_prefix(self, spans: Any, kv_slots: torch.Tensor) -> None:
+        self.writer.publish_prefix(spans, kv_slots.numpy().view(np.uint32))
+
+
+class Mode(SimpleNamespace):
+    def is_decode(self) -> bool:
+        return bool(self.name == "DECODE")
+
+
+class Native:
+    """SGLang's own capturer."""
+
+    def __init__(self) -> None:
+        self.layers: list[int] = []
+        self.ends = 0
+
+    def capture(self, layer_id: int, _: torch.Tensor) -> None:
+        self.layers.append(layer_id)
+
+    def on_forward_end(self, **_: Any) -> str:
+        self.ends += 1
+        return "as it was"
+
+
+class Engine:
+    """Runs forwards of known experts through the capturer."""
+
+    def __init__(self, layout: Layout = ONE) -> None:
+        self.tap = HostTap(Writer("scheduler", **FACTS, kv_slots=1000), **FACTS)
+        self.native = Native()
+        table = torch.arange(40 * 100, dtype=torch.int32).reshape(40, 100) % 1000
+        runner = SimpleNamespace(device="cpu", req_to_token_pool=SimpleNamespace(req_to_token=table))
+        self.capturer = Capturer(runner, self.native, self.tap, layout, max_rows=64, slots=True)
+        self.collector = Collector("scheduler")
+        self.rng = np.random.default_rng(0)
+        self.slot = 100
+
+    def batch(
+        self, mode: str, rids: list[str], starts: list[int], lengths: list[int], pad: int = 0, **more: Any
+    ) -> Any:
+        n = sum(lengths)
+        positions = [start + i for start, length in zip(starts, lengths, strict=True) for i in range(length)]
+        slots = torch.arange(self.slot, self.slot + n + pad)
+        self.slot += n
+        extends = mode in ("EXTEND", "MIXED")
+        made = {
+            "forward_mode": Mode(name=mode),
+            "rids": rids,
+            "batch_size": len(rids),
+            "positions": torch.tensor(positions + [0] * pad),
+            "input_ids": torch.tensor([position + 7 for position in positions] + [0] * pad),
+            "out_cache_loc": slots,
+            "seq_lens_cpu": torch.tensor([start + length for start, length in zip(starts, lengths, strict=True)]),
+            "extend_prefix_lens_cpu": starts if extends else None,
+            "extend_seq_lens_cpu": lengths if extends else None,
+            "req_pool_indices": torch.arange(len(rids)),
+            "global_num_tokens_cpu": None,
+            "spec_info": None,
+        }
+        return SimpleNamespace(**{**made, **more})
+
+    def experts(self, rows: int) -> torch.Tensor:
+        return torch.tensor(self.rng.integers(0, EXPERTS, (rows, len(LAYERS), TOP_K)), dtype=torch.int32)
+
+    def forward(self, batch: Any, experts: torch.Tensor | None, layers: list[int] | None = None) -> Any:
+        """One forward; `experts` None: without Python."""
+        self.capturer.begin(batch)
+        if experts is not None:
+            self.hand_over(experts, layers or LAYERS)
+        return self.capturer.on_forward_end(batch, can_run_graph=False, cuda_graph_batch=None, no_copy_to_cpu=True)
+
+    def hand_over(self, experts: torch.Tensor, layers: list[int]) -> None:
+        for layer in layers:
+            ids = experts[:, LAYERS.index(layer)]
+            shared = torch.full((len(ids), 1), EXPERTS, dtype=torch.int32)  # a shared expert's column
+            self.capturer.capture(layer_id=layer, topk_indices=torch.cat([ids, shared], 1))
+
+    def rows(self, request: str) -> Any:
+        assert self.collector.sync(5.0)
+        return self.collector.rows(request)
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Whether a graph is being captured: there is no driver here to ask."""
+    state = SimpleNamespace(on=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.on)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    make = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *args, pin_memory=False, **kwargs: make(*args, **kwargs))  # noqa: ARG005
+    return state
+
+
+@pytest.fixture
+def engine(capturing: SimpleNamespace) -> Iterator[Engine]:
+    assert not capturing.on
+    made = Engine()
+    yield made
+    made.collector.close()
+    made.tap.close()
+
+
+def test_prompts_and_decodes_beside_them(engine: Engine) -> None:
+    first, second = engine.experts(5), engine.experts(4)
+    result = engine.forward(engine.batch("EXTEND", ["a", "b"], [0, 0], [3, 2]), first)
+    assert result == "as it was"
+    engine.forward(engine.batch("MIXED", ["c", "a"], [0, 3], [3, 1]), second)
+    np.testing.assert_array_equal(engine.rows("a")["experts"], torch.cat([first[:3], second[3:]]).numpy())
+    np.testing.assert_array_equal(engine.rows("b")["experts"], first[3:].numpy())
+    np.testing.assert_array_equal(engine.rows("c")["experts"], second[:3].numpy())
+    np.testing.assert_array_equal(engine.rows("a")["token_ids"], [7, 8, 9, 10])
+    assert engine.native.layers == LAYERS * 2
+    assert engine.native.ends == 2
+
+
+def test_padded_forwards_give_the_rows_of_their_requests_alone(engine: Engine) -> None:
+    prompt, step = engine.experts(8), engine.experts(4)
+    engine.forward(engine.batch("EXTEND", ["a", "b"], [0, 0], [3, 2], pad=3), prompt)
+    engine.forward(engine.batch("DECODE", ["a", "b"], [3, 2], [1, 1], pad=2), step)
+    np.testing.assert_array_equal(engine.rows("a")["experts"], torch.cat([prompt[:3], step[:1]]).numpy())
+    np.testing.assert_array_equal(engine.rows("b")["experts"], torch.cat([prompt[3:5], step[1:2]]).numpy())
+    assert engine.collector.stats()["tokens"] == 7
+
+
+def test_a_prefix_from_the_cache_has_the_rows_that_stand_in_its_slots(engine: Engine) -> None:
+    first, second = engine.experts(4), engine.experts(2)
+    engine.slot = 0
+    engine.forward(engine.batch("EXTEND", ["a"], [0], [4]), first)  # slots 0 to 3: row 0 of the table
+    batch = engine.batch("EXTEND", ["b"], [3], [2])
+    engine.capturer.requests.admit([Req("b", 5)])
+    engine.forward(batch, second)
+    np.testing.assert_array_equal(engine.rows("b")["experts"], torch.cat([first[:3], second]).numpy())
+
+
+class Req(SimpleNamespace):
+    def __init__(self, rid: str, prompt: int) -> None:
+        super().__init__(rid=rid, origin_input_ids=[0] * prompt)
+
+
+def test_what_a_graph_leaves_is_published_once(engine: Engine, capturing: SimpleNamespace) -> None:
+    """The copy that is recorded while a graph is captured runs at once here, as in a replay."""
+    experts = engine.experts(6)
+    batch = engine.batch("EXTEND", ["a"], [0], [4])
+    engine.capturer.begin(batch)
+    capturing.on = True
+    engine.hand_over(experts, LAYERS)
+    capturing.on = False
+    engine.capturer.on_forward_end(batch, can_run_graph=True, cuda_graph_batch=6)
+    np.testing.assert_array_equal(engine.rows("a")["experts"], experts[:4].numpy())
+    engine.forward(engine.batch("DECODE", ["a"], [4], [1]), None)  # writes nothing: no row of the one before
+    rows = engine.rows("a")
+    assert len(rows["phases"]) == 4
+    assert engine.collector.stats()["tokens"] == 4
+    assert engine.tap.error is None
+
+
+def test_a_layer_that_hands_over_nothing_ends_the_capture_by_its_number(engine: Engine) -> None:
+    with pytest.warns(RuntimeWarning, match=r"layers \(2,\) gave no experts"):
+        result = engine.forward(engine.batch("EXTEND", ["a"], [0], [2]), engine.experts(2), [1, 5])
+    assert result == "as it was"
+    assert engine.collector.failure is not None
+    assert engine.forward(engine.batch("EXTEND", ["b"], [0], [2]), engine.experts(2)) == "as it was"
+
+
+def test_no_layer_at_all_ends_the_capture(engine: Engine) -> None:
+    with pytest.warns(RuntimeWarning, match=r"layers \(1, 2, 5\) handed over no experts in a forward of 2 tokens"):
+        engine.forward(engine.batch("EXTEND", ["a"], [0], [2]), None)
+    assert isinstance(engine.tap.error, SilentTapError)
+
+
+def test_rejected_tokens_leave_no_rows(engine: Engine) -> None:
+    """Two requests of four drafted tokens each, as a chain and as a tree: 2 and 3 are accepted."""
+    prompt, drafted = engine.experts(4), engine.experts(8)
+    engine.forward(engine.batch("EXTEND", ["a", "b"], [0, 0], [2, 2]), prompt)
+    batch = engine.batch("TARGET_VERIFY", ["a", "b"], [2, 2], [4, 4], spec_info=SimpleNamespace(draft_token_num=4))
+    batch.positions = torch.tensor([2, 3, 4, 5, 2, 3, 3, 4])  # b: a tree whose second branch is taken
+    engine.forward(batch, drafted)
+    engine.capturer.accept(torch.tensor([[0, 1, -1], [4, 6, 7]], dtype=torch.int32))
+    np.testing.assert_array_equal(engine.rows("a")["experts"], torch.cat([prompt[:2], drafted[:2]]).numpy())
+    np.testing.assert_array_equal(engine.rows("b")["experts"], torch.cat([prompt[2:], drafted[[4, 6, 7]]]).numpy())
+    assert engine.collector.stats()["tokens"] == 9
+
+
+def test_accepted_tokens_stand_in_the_slots_that_they_are_moved_to(engine: Engine) -> None:
+    engine.slot = 0
+    engine.forward(engine.batch("EXTEND", ["a"], [0], [1]), engine.experts(1))
+    batch = engine.batch("TARGET_VERIFY", ["a"], [1], [4], spec_info=SimpleNamespace(draft_token_num=4))
+    batch.positions = torch.tensor([1, 2, 2, 3])
+    drafted = engine.experts(4)
+    engine.forward(batch, drafted)
+    engine.capturer.accept(torch.tensor([[0, 2, 3]], dtype=torch.int32))  # slots 1, 2 and 3 hold them now
+    engine.capturer.requests.admit([Req("b", 5)])
+    engine.forward(engine.batch("EXTEND", ["b"], [4], [1]), engine.experts(1))
+    np.testing.assert_array_equal(engine.rows("b")["experts"][1:4], drafted[[0, 2, 3]].numpy())
+
+
+def test_drafted_tokens_that_nobody_judges_count_as_dropped(engine: Engine) -> None:
+    more = {"spec_info": SimpleNamespace(draft_token_num=4)}
+    engine.forward(engine.batch("TARGET_VERIFY", ["a"], [2], [4], **more), engine.experts(4))
+    engine.forward(engine.batch("EXTEND", ["b"], [0], [2]), engine.experts(2))
+    assert engine.rows("b") is not None
+    assert engine.collector.stats()["dropped_tokens"] == 4
+    engine.capturer.accept(torch.tensor([[0, 1]]))  # too late
+    assert engine.collector.stats()["tokens"] == 2
+
+
+def test_sequences_without_names_count_as_dropped(engine: Engine) -> None:
+    """Those of a beam search, behind the one that has the request's name; and forwards of modes that are not known."""
+    engine.forward(engine.batch("DECODE", ["a"], [2], [1], batch_size=3, pad=2), engine.experts(3))
+    engine.forward(engine.batch("SPLIT_PREFILL", ["a"], [2], [2]), engine.experts(2))
+    engine.forward(engine.batch("IDLE", [], [], []), None)
+    assert engine.rows("a") is None
+    stats = engine.collector.stats()
+    assert (stats["tokens"], stats["dropped_tokens"]) == (0, 5)
+    assert engine.tap.error is None
+
+
+@pytest.mark.usefixtures("capturing")
+def test_data_parallel_ranks_have_their_own_rows() -> None:
+    engine = Engine(Layout(1, 1, 0, 3, 1, 1, 0))
+    experts = engine.experts(9)
+    engine.forward(engine.batch("EXTEND", ["a"], [0], [2], global_num_tokens_cpu=[4, 2, 3]), experts)
+    np.testing.assert_array_equal(engine.rows("a")["experts"], experts[4:6].numpy())
+    with pytest.warns(RuntimeWarning, match="saw 8 tokens"):
+        engine.forward(engine.batch("DECODE", ["a"], [2], [1], global_num_tokens_cpu=[4, 2, 3]), engine.experts(8))
+    assert isinstance(engine.tap.error, EngineHookError)
+    engine.collector.close()
+    engine.tap.close()
+
+
+def test_a_draft_models_layers_are_not_the_targets(engine: Engine) -> None:
+    """Called outside of the target's forward, or of a layer that it does not have."""
+    engine.hand_over(engine.experts(4), LAYERS)
+    engine.capturer.capture(layer_id=99, topk_indices=torch.zeros((4, TOP_K), dtype=torch.int32))
+    prompt = engine.experts(2)
+    engine.forward(engine.batch("EXTEND", ["a"], [0], [2]), prompt)
+    np.testing.assert_array_equal(engine.rows("a")["experts"], prompt.numpy())
+
+
+def test_without_sglangs_own_capture_there_is_nothing_to_return(engine: Engine) -> None:
+    engine.capturer.native = None
+    assert engine.forward(engine.batch("EXTEND", ["a"], [0], [2]), engine.experts(2)) is None
+    assert engine.capturer.get_topk(req_pool_idx=0, seqlen=3, req_to_token_pool=None) is None
+    with pytest.raises(AttributeError, match="SGLang's own capture is off"):
+        _ = engine.capturer.host_cache
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.capturer.destroy()
