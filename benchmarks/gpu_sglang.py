@@ -2,8 +2,8 @@
 
 Modes, each an engine of its own, started in turn and some of them twice: `off`: without the plugin; `lens`: a lens
 attached in the process of the engine, which counts and keeps every row; `native`: SGLang's `return_routed_experts`
-with overlap scheduling, `native, no overlap`: without it. The same prompts in every run: 1 request of 1024 + 1024
-tokens, 64 of 1024 + 512, each several times after a warm-up.
+with overlap scheduling. MODES="off;native, no overlap", say, in the environment asks for others. The same prompts in
+every run: 1 request of 1024 + 1024 tokens, 64 of 1024 + 512, each several times after a warm-up.
 
 A decode step: the time between two tokens of one request as they arrive, once all requests decode. A figure of the
 lens or of SGLang's capture is relative to the mean of the runs with `off`. Last, by an engine of few small layers: what
@@ -121,10 +121,11 @@ def show(name: str, unit: str, values: list[float], **more: Any) -> None:
 def report(runs: list[dict[str, Any]]) -> None:
     """One figure a mode, experiment and measure."""
     bars = {(1, "step"): "<= 0.15", (64, "step"): "<= 0.1", (1, "speed"): ">= 0.998", (64, "speed"): ">= 0.998"}
+    modes = dict.fromkeys(run["mode"] for run in runs)
     for n, output in EXPERIMENTS:
         what = f"n = {n}, {PROMPT} + {output} tokens"
-        of = {mode: [run for run in runs if run["mode"] == mode and run["n"] == n] for mode in dict.fromkeys(ORDER)}
-        if not of["off"]:
+        of = {mode: [run for run in runs if run["mode"] == mode and run["n"] == n] for mode in modes}
+        if not of.get("off"):
             continue
         step = statistics.mean(run["mean"] for run in of["off"])
         speed = statistics.mean(run["tokens/s"] for run in of["off"])

@@ -103,9 +103,8 @@ def attach(
     """See the routed experts of a model in this process, of an engine's, or of a running capture by its name.
 
     `engine`: a transformers model, an `sglang.Engine` started behind `enable()`, or the name of a capture (see
-    `captures`). `tokenizer`: gives `frame` a column of
-    text. `weights`: also capture the routing weights. `memory`: what the requests' rows may take here; the oldest
-    requests make way. `history`: rows kept for `counts(last=...)`.
+    `captures`). `tokenizer`: gives `frame` a column of text. `weights`: also capture the routing weights. `memory`:
+    what the requests' rows may take here; the oldest requests make way. `history`: rows kept for `counts(last=...)`.
 
     For a model: `name` of the capture (made from the process id if None), `arena` size of its shared memory,
     `on_full` what happens to a step for which there is no room: "drop" it and count it, or "wait" up to

@@ -336,7 +336,7 @@ class Tap:
             write = partial(self._write, experts, weights, token_ids, rows, next_step)
         if self._take_turn():
             try:
-                self._guard(write)
+                self.guard(write)
             finally:
                 self._give_turn()
         elif not at_once and len(self._jobs) < MAX_WAITING_STEPS:
@@ -358,7 +358,7 @@ class Tap:
         try:
             if post is not None and self.active:
                 if held:
-                    self._guard(post)
+                    self.guard(post)
                 else:
                     self.lose(num_rows)
             if mailbox.replays == before:
@@ -366,7 +366,7 @@ class Tap:
             replay()
         except BaseException:
             if mailbox.replays != before:
-                self._guard(lambda: self._retract(mailbox))
+                self.guard(lambda: self._retract(mailbox))
             raise
         finally:
             if held:
@@ -378,10 +378,10 @@ class Tap:
         if record is not None:  # posted, so that the turn is held
             self.writer.void(record, mailbox.device, stream)
 
-    def _guard(self, work: Callable[[], Any]) -> None:
-        """Do something of ours: an error of it is not the engine's."""
+    def guard(self, work: Callable[..., Any], *args: Any) -> None:
+        """Do something of ours: an error of it ends the capture, and is not the engine's."""
         try:
-            work()
+            work(*args)
         except Exception as error:
             self.fail(error)
 
@@ -519,7 +519,7 @@ class Tap:
     def _drain(self) -> None:
         """Do what others have left, having the turn."""
         while self._jobs:
-            self._guard(self._jobs.popleft())
+            self.guard(self._jobs.popleft())
 
 
 _taps: weakref.WeakSet[Tap] = weakref.WeakSet()

@@ -483,18 +483,7 @@ impl<M: Memory> Writer<M> {
         for source in [Source::Host(&spans), prefix.kv_slots] {
             at = self.put(at, source, &mut landing)?;
         }
-        let described = Descriptor {
-            kind: Kind::Prefix,
-            sections,
-            rows: n as u32,
-            step: self.steps,
-            time_ns: now_ns(),
-            position,
-            payload_words: words as u64,
-            batch: index,
-            rows_before: self.rows_before,
-            dropped_before: self.dropped_records as u32,
-        };
+        let described = Descriptor { sections, rows: n as u32, ..self.describe(Kind::Prefix, index, position, words) };
         self.commit_or_land(&described, landing)?;
         Ok(Published { rows: n, dropped: 0 })
     }
@@ -520,6 +509,22 @@ impl<M: Memory> Writer<M> {
         landing.publish(at + descriptor::SEQUENCE, index + 1)
     }
 
+    /// A record that is no step, and goes with none: without sections.
+    fn describe(&self, kind: Kind, index: u64, position: u64, words: usize) -> Descriptor {
+        Descriptor {
+            kind,
+            sections: 0,
+            rows: 0,
+            step: self.steps,
+            time_ns: now_ns(),
+            position,
+            payload_words: words as u64,
+            batch: index,
+            rows_before: self.rows_before,
+            dropped_before: self.dropped_records as u32,
+        }
+    }
+
     fn publish_pending(&mut self) {
         while let Some(event) = self.pending.pop_front() {
             let words = event.len() / 8;
@@ -528,18 +533,7 @@ impl<M: Memory> Writer<M> {
                 return;
             };
             self.memory.write_bytes(at, &event);
-            self.commit(&Descriptor {
-                kind: Kind::Event,
-                sections: 0,
-                rows: 0,
-                step: self.steps,
-                time_ns: now_ns(),
-                position,
-                payload_words: words as u64,
-                batch: index,
-                rows_before: self.rows_before,
-                dropped_before: self.dropped_records as u32,
-            });
+            self.commit(&self.describe(Kind::Event, index, position, words));
         }
     }
 

@@ -6,12 +6,11 @@ knows whose they are, `model` what the model is, `layout` which rows are this pr
 attaches there is only this: finding their capture.
 """
 
-import os
 import sys
 from typing import Any
 
 from expert_lens import _core
-from expert_lens.enabling import ENVIRONMENT
+from expert_lens.enabling import ENVIRONMENT, enabled
 from expert_lens.errors import CaptureNotFoundError, EngineHookError
 
 __all__ = ["find_capture", "matches"]
@@ -33,7 +32,7 @@ def find_capture(engine: Any, directory: str | None) -> str:
     for facts in _core.captures(directory):
         if facts["alive"] and not schedulers.isdisjoint(_ancestors(facts["pid"])):
             return facts["capture"]
-    if not os.environ.get(ENVIRONMENT):
+    if enabled() is None:
         raise EngineHookError(
             "this sglang.Engine was started without expert_lens. Call expert_lens.enable() before sglang.Engine(...), "
             f"or set {ENVIRONMENT}=1 in the environment of a server, and start it again."

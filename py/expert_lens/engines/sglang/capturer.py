@@ -46,7 +46,7 @@ class Capturer:
     def __init__(self, runner: Any, native: Any, tap: Tap, layout: Layout, *, max_rows: int, slots: bool) -> None:
         self.native = native
         self.requests = Requests(tap)
-        self._tap = tap
+        self.tap = tap
         self._layout = layout
         self._runner = runner
         self._slots = slots
@@ -76,19 +76,19 @@ class Capturer:
             self.native.capture(layer_id, ids)
         if (slot := self._layer_slots.get(layer_id)) is None:
             return
-        if ids.shape[1] != self._tap.top_k:
-            ids = ids[:, : self._tap.top_k]
+        if ids.shape[1] != self.tap.top_k:
+            ids = ids[:, : self.tap.top_k]
         if torch.compiler.is_compiling():  # nothing may be asked here that changes: it would be compiled anew
             self._static.write(slot, ids)
-        elif not self._tap.active:
+        elif not self.tap.active:
             return
         elif self._decode_graph is not None:
             if torch.cuda.is_current_stream_capturing():  # else it warms up
-                self._guard(self._decode_graph.take, slot, ids)
+                self.tap.guard(self._decode_graph.take, slot, ids)
         elif torch.cuda.is_current_stream_capturing():
-            self._guard(self._record_static, slot, ids)
+            self.tap.guard(self._record_static, slot, ids)
         else:
-            self._tap.layer(slot, ids)
+            self.tap.layer(slot, ids)
 
     def on_forward_end(
         self, forward_batch: Any, can_run_graph: bool, cuda_graph_batch: int | None, no_copy_to_cpu: bool = False
@@ -96,9 +96,9 @@ class Capturer:
         """The target model's forward is enqueued: publish its rows, if it was no decode graph, which does by itself."""
         batch, self._batch = self._batch, None
         if batch is not None:
-            step = self._tap.end()
-            if self._tap.active and not self._published:
-                self._guard(self._publish, batch, step)
+            step = self.tap.end()
+            if self.tap.active and not self._published:
+                self.tap.guard(self._publish, batch, step)
         if self.native is None:
             return None
         return self.native.on_forward_end(
@@ -114,7 +114,7 @@ class Capturer:
 
     def destroy(self) -> None:
         """The scheduler ends."""
-        self._tap.close()
+        self.tap.close()
         if self.native is not None:
             self.native.destroy()
 
@@ -131,12 +131,12 @@ class Capturer:
         self._batch = batch
         self._published = False
         if self._drafted is not None:  # nobody has judged them
-            self._tap.lose(len(self._drafted.experts))
+            self.tap.lose(len(self._drafted.experts))
             self._drafted = None
-        if self._tap.begin() is None or not self._slots or batch.extend_prefix_lens_cpu is None:
+        if self.tap.begin() is None or not self._slots or batch.extend_prefix_lens_cpu is None:
             return
         if batch.forward_mode.name in ("EXTEND", "MIXED") and _is_told(batch):
-            self._guard(self._publish_prefixes, batch)
+            self.tap.guard(self._publish_prefixes, batch)
 
     def accept(self, accepted: torch.Tensor) -> None:
         """Drafted tokens are judged: publish the rows of the accepted ones.
@@ -163,14 +163,14 @@ class Capturer:
     @contextmanager
     def capturing(self, runner: Any, size: int) -> Iterator[None]:
         """Around the warm-ups and the capture of a decode graph of `size` requests by SGLang's `runner`."""
-        self._guard(self._begin_capture, runner, size)
+        self.tap.guard(self._begin_capture, runner, size)
         try:
             yield
         finally:
             self._decode_graph = None
 
     def _begin_capture(self, runner: Any, size: int) -> None:
-        self._decode_graph = _DecodeGraph(self._tap, runner, size, self._layout, self._slots, self._static)
+        self._decode_graph = _DecodeGraph(self.tap, runner, size, self._layout, self._slots, self._static)
 
     def follow(self, graph: Any) -> None:
         """Have replays of the decode graph that was captured publish; inside of `capturing`.
@@ -195,27 +195,20 @@ class Capturer:
 
     # ---- the rest ----
 
-    def _guard(self, work: Callable[..., None], *args: Any) -> None:
-        """Do something of ours: an error of it ends the capture, and not the engine."""
-        try:
-            work(*args)
-        except Exception as error:
-            self._tap.fail(error)
-
     def _replay(self, recorded: GraphStep, launch: Callable[[], None]) -> None:
         rows = None
         batch = self._batch
-        if batch is not None and self._tap.active:
+        if batch is not None and self.tap.active:
             try:
                 rows = self._rows_of_replay(batch)
             except Exception as error:
-                self._tap.fail(error)
+                self.tap.fail(error)
         self._published = True
         recorded.replay(launch, rows)
 
     def _rows_of_replay(self, batch: Any) -> ReplayRows | None:
         if not _is_told(batch):
-            self._tap.lose(batch.batch_size)
+            self.tap.lose(batch.batch_size)
             return None
         spans = self.requests.decode(batch)
         if self._replayed is None or spans is not self._replayed[0]:
@@ -230,12 +223,12 @@ class Capturer:
                 "with --disable-prefill-cuda-graph."
             )
         if slot == 0:
-            self._recording = Step(len(self._tap.layers))
+            self._recording = Step(len(self.tap.layers))
         step = self._recording
         if step is None:
-            raise EngineHookError(f"layer {self._tap.layers[slot]} is the first of a graph that is captured")
+            raise EngineHookError(f"layer {self.tap.layers[slot]} is the first of a graph that is captured")
         step.experts[slot] = ids
-        if slot == len(self._tap.layers) - 1:
+        if slot == len(self.tap.layers) - 1:
             self._recording = None
             self._static.record(step)
 
@@ -244,7 +237,7 @@ class Capturer:
         if mode == "IDLE" or not batch.batch_size:
             return
         if mode not in ("DECODE", "EXTEND", "MIXED", "TARGET_VERIFY") or not _is_told(batch):
-            self._tap.lose(batch.out_cache_loc.shape[0])
+            self.tap.lose(batch.out_cache_loc.shape[0])
             return
         if mode == "TARGET_VERIFY":
             num_rows = len(batch.rids) * int(batch.spec_info.draft_token_num)
@@ -267,7 +260,7 @@ class Capturer:
         slots: torch.Tensor,
     ) -> None:
         kv_slots = slots.to(torch.int32) if self._slots else None
-        self._tap.publish(experts, None, Rows(spans, positions.to(torch.int32), token_ids, kv_slots=kv_slots))
+        self.tap.publish(experts, None, Rows(spans, positions.to(torch.int32), token_ids, kv_slots=kv_slots))
 
     def _experts(self, batch: Any, step: Step | None, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed experts [n, L, K] and positions [n] of this process's rows of the forward that has just run."""
@@ -275,7 +268,7 @@ class Capturer:
         first = None if step is None else step.experts[0]
         if step is not None and first is not None:
             begin = eager_rows(len(first), len(batch.input_ids), batch.global_num_tokens_cpu, self._layout)
-            experts, _ = self._tap.pack(step, len(first))
+            experts, _ = self.tap.pack(step, len(first))
             experts = experts[begin : begin + num_rows]
         else:
             experts, there = self._static.take(num_rows)
@@ -302,7 +295,7 @@ class Capturer:
         longest = max(span[3] for _, span in found)
         slots = table[:, :longest].index_select(0, rows)
         joined = torch.cat([slots[i, : span[3]] for i, (_, span) in enumerate(found)])
-        self._tap.publish_prefix([span for _, span in found], joined.to(torch.int32))
+        self.tap.publish_prefix([span for _, span in found], joined.to(torch.int32))
 
 
 def _is_told(batch: Any) -> bool:

@@ -27,7 +27,6 @@ class SchedulerHooks:
         self._options = options
         self._runner: Any = None
         self._capturer: Capturer | None = None
-        self._tap: Tap | None = None
 
     def register(self) -> None:
         """Have SGLang call them."""
@@ -85,7 +84,7 @@ class SchedulerHooks:
             slots=facts["kv_slots"] > 0,
         )
         self._set(self._capturer)
-        self._runner, self._tap = runner, tap
+        self._runner = runner
         if contract.VERIFY.find() is None and not runner.spec_algorithm.is_none():
             log.warning(
                 "expert_lens: rows of drafted tokens count as dropped, as this SGLang has no %s", contract.VERIFY.paths
@@ -95,12 +94,12 @@ class SchedulerHooks:
     def after_init_batch(self, batch: Any, _: Any, made_of: Any, model_runner: Any, *__: Any, **___: Any) -> None:
         """A batch was made ready for a forward."""
         if model_runner is self._runner and self._capturer is not None and batch.extend_seq_lens_cpu is not None:
-            self._guard(self._capturer.requests.admit, made_of.reqs)
+            self._capturer.tap.guard(self._capturer.requests.admit, made_of.reqs)
 
     def before_forward(self, runner: Any, forward_batch: Any, *_: Any, **__: Any) -> None:
         """A forward begins, on its stream."""
         if runner is self._runner and self._capturer is not None:
-            self._guard(self._capturer.begin, forward_batch)
+            self._capturer.tap.guard(self._capturer.begin, forward_batch)
 
     def around_decode_capture(
         self, capture: Callable[..., Any], graph_runner: Any, size: int, *args: Any, **kwargs: Any
@@ -110,7 +109,7 @@ class SchedulerHooks:
             return capture(graph_runner, size, *args, **kwargs)
         with self._capturer.capturing(graph_runner, size):
             result = capture(graph_runner, size, *args, **kwargs)
-            self._guard(self._follow, graph_runner, result)
+            self._capturer.tap.guard(self._follow, graph_runner, result)
         return result
 
     def _follow(self, graph_runner: Any, result: Any) -> None:
@@ -122,20 +121,12 @@ class SchedulerHooks:
     def after_verify(self, result: Any, *_: Any, **__: Any) -> None:
         """The target model has judged drafted tokens: what was predicted, how many and which of them it accepts."""
         if self._capturer is not None:
-            self._guard(self._capturer.accept, result[2])
+            self._capturer.tap.guard(self._capturer.accept, result[2])
 
     def before_release(self, req: Any, *_: Any, **__: Any) -> None:
         """A request gives its KV slots back."""
         if self._capturer is not None:
-            self._guard(self._capturer.requests.release, req)
-
-    def _guard(self, work: Callable[..., None], *args: Any) -> None:
-        """Do something of ours inside the scheduler: an error of ours must not become one of its."""
-        try:
-            work(*args)
-        except Exception as error:
-            if self._tap is not None:
-                self._tap.fail(error)
+            self._capturer.tap.guard(self._capturer.requests.release, req)
 
     @staticmethod
     def _get() -> Any:

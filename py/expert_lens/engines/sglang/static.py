@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from expert_lens.errors import SilentTapError
@@ -27,7 +25,8 @@ class StaticExperts:
 
     def record(self, step: Step) -> None:
         """Copy all layers' ids, as a part of a graph that is being captured."""
-        num_rows = len(self._first(step.experts))
+        first = step.experts[0]
+        num_rows = 0 if first is None else len(first)
         self._tap.check_shape(step, num_rows)
         self._ids[:num_rows].copy_(torch.stack(step.experts, dim=1))  # type: ignore[arg-type]
 
@@ -56,8 +55,3 @@ class StaticExperts:
                 layers,
             )
         self._checked = True
-
-    @staticmethod
-    def _first(experts: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        (first, *_) = [ids for ids in experts if ids is not None]
-        return first

@@ -217,7 +217,7 @@ class ContinuousBatches:
 
         def create(original: Callable[[], Any]) -> Any:
             processor = original()
-            self._guard(self._follow_processor, known, processor)
+            self._tap.guard(self._follow_processor, known, processor)
             return processor
 
         self._patch(manager, "_create_batch_processor", create)
@@ -246,7 +246,7 @@ class ContinuousBatches:
         def set_graph(original: Callable[..., Any], graph: Any, *args: Any, **kwargs: Any) -> Any:
             recorded, known.recorded = known.recorded, None
             if recorded is not None:
-                self._guard(lambda _, step: step.attach_to(graph), known, recorded)
+                self._tap.guard(lambda _, step: step.attach_to(graph), known, recorded)
             return original(graph, *args, **kwargs)
 
         io = processor.inputs_and_outputs
@@ -271,11 +271,11 @@ class ContinuousBatches:
 
     def _follow_results(self, known: _Manager, manager: Any) -> None:
         def deliver(original: Callable[[Any], Any], output: Any) -> Any:
-            self._guard(self._ended, known, [output])
+            self._tap.guard(self._ended, known, [output])
             return original(output)
 
         def deliver_batch(original: Callable[[Any], Any], outputs: list[Any]) -> Any:
-            self._guard(self._ended, known, outputs)
+            self._tap.guard(self._ended, known, outputs)
             return original(outputs)
 
         self._patch(manager.output_router, "deliver", deliver)
@@ -286,7 +286,7 @@ class ContinuousBatches:
 
         def clear_cancelled_requests(original: Callable[[], Any]) -> Any:
             states = original()
-            self._guard(self._cancelled, known, states)
+            self._tap.guard(self._cancelled, known, states)
             return states
 
         self._patch(scheduler, "clear_cancelled_requests", clear_cancelled_requests)
@@ -313,13 +313,6 @@ class ContinuousBatches:
     def _finish(self, known: _Manager, request_id: str, state: Literal["finished", "aborted"]) -> None:
         request = known.requests.pop(request_id)
         self._tap.finish(request.number, request.id, request.next_position, state)
-
-    def _guard(self, function: Callable[[_Manager, Any], None], known: _Manager, value: Any) -> None:
-        """Call ours inside the engine's thread: an error of ours must not become one of the engine's."""
-        try:
-            function(known, value)
-        except Exception as error:
-            self._tap.fail(error)
 
 
 class _Replay:
