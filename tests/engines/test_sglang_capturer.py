@@ -166,6 +166,23 @@ def test_a_prefix_from_the_cache_has_the_rows_that_stand_in_its_slots(engine: En
     np.testing.assert_array_equal(engine.rows("b")["experts"], torch.cat([first[:3], second]).numpy())
 
 
+def test_a_rank_that_is_idle_in_a_decode_graph_forgets_no_slots(engine: Engine) -> None:
+    """With data-parallel attention a rank without requests replays the others' graph, for nobody."""
+    replayed = []
+    recorded = SimpleNamespace(replay=lambda launch, rows: replayed.append(rows) or launch())
+    first, second = engine.experts(4), engine.experts(2)
+    engine.slot = 0
+    engine.forward(engine.batch("EXTEND", ["a"], [0], [4]), first)
+    idle = engine.batch("IDLE", [], [], [])
+    engine.capturer.begin(idle)
+    engine.capturer._replay(recorded, lambda: None)  # type: ignore[arg-type]
+    engine.capturer.on_forward_end(idle, can_run_graph=True, cuda_graph_batch=8)
+    engine.capturer.requests.admit([Req("b", 5)])
+    engine.forward(engine.batch("EXTEND", ["b"], [3], [2]), second)
+    assert replayed == [None]
+    np.testing.assert_array_equal(engine.rows("b")["experts"], torch.cat([first[:3], second]).numpy())
+
+
 class Req(SimpleNamespace):
     def __init__(self, rid: str, prompt: int) -> None:
         super().__init__(rid=rid, origin_input_ids=[0] * prompt)

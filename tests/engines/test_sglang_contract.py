@@ -73,7 +73,7 @@ def test_a_batch_says_whose_rows_it_holds(sources: Sources) -> None:
 
 def test_a_request_says_when_it_ends(sources: Sources) -> None:
     batch = "sglang.srt.managers.schedule_batch"
-    needed = {"rid", "origin_input_ids", "output_ids", "finished_reason", "finished"}
+    needed = {"rid", "origin_input_ids", "output_ids", "output_ids_through_stop", "finished_reason", "finished"}
     assert needed <= sources.fields(f"{batch}:Req")
     assert sources.find(f"{batch}:FINISH_ABORT") is not None
     assert {"reqs"} <= sources.fields(first(sources, f"{batch}:ModelWorkerBatch", f"{batch}:ScheduleBatch"))

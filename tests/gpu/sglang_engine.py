@@ -8,11 +8,14 @@ import asyncio
 import base64
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import sglang
@@ -68,41 +71,63 @@ ENGINE: dict[str, Any] = {
 }
 
 
-def start(options: dict[str, Any]) -> tuple[Any, tuple[int, int]]:
-    """The engine, and L and K of its model."""
+class Shape(NamedTuple):
+    """What the rows of a model look like, and how many tokens it knows."""
+
+    layers: int
+    top_k: int
+    vocabulary: int
+
+    def rows(self, encoded: str) -> Any:
+        """SGLang's own rows of a request, [n, L, K]."""
+        return np.frombuffer(base64.b64decode(encoded), np.int32).reshape(-1, self.layers, self.top_k)
+
+
+def prepare(options: dict[str, Any]) -> tuple[dict[str, Any], Shape]:
+    """The engine's arguments, its model written to a folder, and the shape of that."""
     model = {**MODEL, **{key[6:]: value for key, value in options.items() if key.startswith("model_")}}
     folder = tempfile.mkdtemp()
     (Path(folder) / "config.json").write_text(json.dumps(model))
     chosen = {**ENGINE, **{key: value for key, value in options.items() if not key.startswith("model_")}}
     chosen = {key: value for key, value in chosen.items() if value is not None}
-    engine = sglang.Engine(model_path=folder, **chosen)
-    return engine, (model["num_hidden_layers"], model["num_experts_per_tok"])
+    if chosen.get("speculative_algorithm") == "NEXTN":
+        chosen["speculative_draft_model_path"] = folder
+    shape = Shape(model["num_hidden_layers"], model["num_experts_per_tok"], model["vocab_size"])
+    return {"model_path": folder, **chosen}, shape
+
+
+def start(options: dict[str, Any]) -> tuple[Any, Shape]:
+    arguments, shape = prepare(options)
+    return sglang.Engine(**arguments), shape
 
 
 class Waves:
     """Requests that go through the engine, several at once, and SGLang's own rows of each."""
 
-    def __init__(self, engine: Any, shape: tuple[int, int]) -> None:
+    def __init__(self, engine: Any, shape: Shape) -> None:
         self.engine = engine
         self.shape = shape
         self.rng = np.random.default_rng(7)
         self.native: dict[str, Any] = {}
         self.cached = 0
-        self.outputs = 0
+        self.accepted = 0
+        self.rejected = 0
 
     def new(self, length: int) -> list[int]:
-        return [int(token) for token in self.rng.integers(10, 31_000, int(length))]
+        return [int(token) for token in self.rng.integers(10, self.shape.vocabulary, int(length))]
 
     def run(self, prompts: list[list[int]], outputs: Any, temperature: float = 0.8) -> list[Any]:
         chosen = [{"max_new_tokens": int(output), "ignore_eos": True, "temperature": temperature} for output in outputs]
         results = self.engine.generate(input_ids=prompts, sampling_params=chosen, return_routed_experts=True)
         for prompt, result in zip(prompts, results, strict=True):
             meta = result["meta_info"]
-            rows = np.frombuffer(base64.b64decode(meta["routed_experts"]), np.int32).reshape(-1, *self.shape)
+            rows = self.shape.rows(meta["routed_experts"])
             assert len(rows) == len(prompt) + len(result["output_ids"]) - 1
             self.native[meta["id"]] = rows
-            self.outputs += len(result["output_ids"])
             self.cached += meta.get("cached_tokens", 0)
+            accepted = meta.get("spec_num_correct_drafts", 0)
+            self.accepted += accepted
+            self.rejected += meta.get("spec_num_proposed_drafts", 0) - accepted
         return results
 
     def mixed(self) -> None:
@@ -120,7 +145,7 @@ class Waves:
 
     def repeating(self) -> None:
         """Prompts that repeat themselves, one request at a time and several, so that drafts by n-grams are accepted."""
-        for requests in (1, 6):
+        for requests in (1, 12):
             phrases = [self.new(7) for _ in range(requests)]
             self.run([phrase * 12 for phrase in phrases], [200] * requests, temperature=0.0)
 
@@ -159,11 +184,14 @@ def altered(lens: Any, native: dict[str, Any]) -> int:
 
 def told(lens: Any) -> dict[str, Any]:
     stats = lens._collector.stats()
-    return {key: stats[key] for key in ("steps", "tokens", "dropped_tokens", "publisher")}
+    chosen = {key: stats[key] for key in ("steps", "tokens", "dropped_tokens", "publisher")}
+    return {**chosen, "failure": lens._collector.failure}
 
 
 def check(options: dict[str, Any]) -> dict[str, Any]:
-    repeats, wave = options.pop("repeats", 1), options.pop("wave", "mixed")
+    repeats, wave, spying = options.pop("repeats", 1), options.pop("wave", "mixed"), options.pop("spy", None)
+    if spying is not None:
+        spy(spying, options)
     expert_lens.enable()
     engine, shape = start(options)
     lens = expert_lens.attach(engine)
@@ -172,8 +200,8 @@ def check(options: dict[str, Any]) -> dict[str, Any]:
         getattr(waves, wave)()
     found: dict[str, Any] = {
         **compare(lens, waves.native),
-        "cached": waves.cached,
-        "outputs": waves.outputs,
+        **{what: getattr(waves, what) for what in ("cached", "accepted", "rejected")},
+        "arenas": len(lens._collector.arenas()),
         **told(lens),
     }
     found["control"] = altered(lens, waves.native)
@@ -205,18 +233,17 @@ def alone(options: dict[str, Any]) -> dict[str, Any]:
     """Single requests, one after another, with SGLang's own capture off and its graphs off: what the lens has of each
     beside what the MoE kernel consumed; and, by an engine of its own, what SGLang's capture gives.
     """
-    lengths, shape = (3, 40, 700, 2500, 17), (MODEL["num_hidden_layers"], MODEL["num_experts_per_tok"])
+    lengths = (3, 40, 700, 2500, 17)
     quiet = {"disable_cuda_graph": True, "disable_radix_cache": True, **options}
     chosen = {"max_new_tokens": 60, "ignore_eos": True, "temperature": 0.0}
     found: dict[str, Any] = {"ids": 0, "not_as_consumed": 0, "not_as_native": 0, "outputs_differ": 0}
 
-    engine, _ = start(quiet)
+    engine, shape = start(quiet)
     waves, native = Waves(engine, shape), []
     for length in lengths:
         prompt = waves.new(length)
         result = engine.generate(input_ids=prompt, sampling_params=chosen, return_routed_experts=True)
-        rows = np.frombuffer(base64.b64decode(result["meta_info"]["routed_experts"]), np.int32)
-        native.append((prompt, result["output_ids"], rows.reshape(-1, *shape)))
+        native.append((prompt, result["output_ids"], shape.rows(result["meta_info"]["routed_experts"])))
     engine.shutdown()
 
     file = tempfile.mktemp()
@@ -308,6 +335,57 @@ def abort(options: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def server(options: dict[str, Any]) -> dict[str, Any]:
+    """`python -m sglang.launch_server` with the environment alone, requests by HTTP, and a lens by name; the server is
+    killed before the rows are compared.
+    """
+    arguments, shape = prepare(options)
+    port = 31000 + os.getpid() % 1000
+    command = [sys.executable, "-m", "sglang.launch_server", "--port", str(port)]
+    for key, value in arguments.items():
+        command += [f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    process = subprocess.Popen(command, env={**os.environ, "EXPERT_LENS_ENABLE": "1"})
+
+    def ask(path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        with urllib.request.urlopen(
+            urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, headers), timeout=100
+        ) as reply:
+            text = reply.read()
+        return json.loads(text) if text else None
+
+    while process.poll() is None:
+        try:
+            ask("/health_generate")
+            break
+        except OSError:
+            time.sleep(0.5)
+    lens = expert_lens.attach(f"sglang-{process.pid}")
+    rng = np.random.default_rng(7)
+
+    def request(number: int) -> tuple[str, Any]:
+        rid = f"asked-{number}"
+        prompt = [int(token) for token in np.random.default_rng(number).integers(10, shape.vocabulary, 20 + 9 * number)]
+        chosen = {"max_new_tokens": 10 + number, "ignore_eos": True}
+        body = {"input_ids": prompt, "sampling_params": chosen, "rid": rid, "return_routed_experts": True}
+        meta = ask("/generate", body)["meta_info"]
+        rows = shape.rows(meta["routed_experts"])
+        assert (meta["id"], len(rows)) == (rid, len(prompt) + meta["completion_tokens"] - 1)
+        return rid, rows
+
+    with ThreadPoolExecutor(8) as pool:
+        native = dict(pool.map(request, rng.permutation(40)))
+    ask("/health_generate")
+    process.kill()
+    process.wait()
+    states = lens._collector.requests()
+    found = {**compare(lens, native), **told(lens), "states": sorted(set(states["state"]))}
+    found["of nobody"] = [name for name in states["request"] if "HEALTH" in name]
+    lens.close()
+    return found
+
+
 def off(options: dict[str, Any]) -> dict[str, Any]:
     """Not enabled: nothing of ours is loaded that publishes, and `attach` says what to do."""
     os.environ.pop("EXPERT_LENS_ENABLE", None)
@@ -321,7 +399,7 @@ def off(options: dict[str, Any]) -> dict[str, Any]:
     return {"message": message, "captures": expert_lens.captures()}
 
 
-JOBS = {"check": check, "alone": alone, "control": control, "abort": abort, "off": off, "timing": timing}
+JOBS = {job.__name__: job for job in (check, alone, control, abort, server, off, timing)}
 
 if __name__ == "__main__":
     began = time.monotonic()

@@ -5,6 +5,8 @@
 * `consumed:FILE`: appends to FILE, a forward behind the other, the experts whose weights the MoE kernel multiplies each
   row with, as told by its tables `sorted_token_ids` and `expert_ids`: int32 n, L, K, then [n, L, K].
 * `altered`: gives expert_lens one id that is not the one chosen, in the second forward of prompts.
+* `followed`: makes SGLang's own capture right for drafted tokens, whose rows it never keeps if they come by n-grams,
+  and of a tree leaves in the KV slots that their tokens are moved away from.
 * `timed:FILE`: appends what expert_lens takes of the scheduler's thread in each decode step by graph, but for the
   launch: "ROWS MICROSECONDS" a line.
 """
@@ -36,7 +38,7 @@ def register() -> None:
     what, _, file = os.environ.get("SGLANG_SPY", "").partition(":")
     if multiprocessing.current_process().name == "MainProcess" or not what:
         return
-    {"consumed": consumed, "altered": altered, "timed": timed}[what](file)
+    {"consumed": consumed, "altered": altered, "followed": followed, "timed": timed}[what](file)
 
 
 def consumed(file: str) -> None:
@@ -100,6 +102,24 @@ def altered(_: str) -> None:
         layer(tap, slot, ids, weights)
 
     Tap.layer = changed  # type: ignore[method-assign]
+
+
+def followed(_: str) -> None:
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+    from sglang.srt.state_capturer.routed_experts import RoutedExpertsCapturer, get_global_experts_capturer
+
+    on_forward_end, move = RoutedExpertsCapturer.on_forward_end, MHATokenToKVPool.move_kv_cache
+
+    def kept(capturer: Any, *args: Any, **kwargs: Any) -> None:
+        on_forward_end(capturer, *args, **{**kwargs, "no_copy_to_cpu": False})
+
+    def moved(pool: Any, target: Any, source: Any) -> None:
+        move(pool, target, source)
+        rows = get_global_experts_capturer().host_cache.buffer
+        rows[target.cpu()] = rows[source.cpu()]
+
+    RoutedExpertsCapturer.on_forward_end = kept
+    MHATokenToKVPool.move_kv_cache = moved
 
 
 def timed(file: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parent / "sglang_engine.py"
 pytestmark = [
@@ -30,7 +31,7 @@ def run(job: str, options: dict[str, Any] | None = None) -> tuple[dict[str, Any]
     )
     results = [line for line in done.stdout.splitlines() if line.startswith('{"')]
     assert done.returncode == 0, done.stdout[-6000:]
-    print(job, options, results[-1])
+    print(job, options, results[-1], *(line for line in done.stdout.splitlines() if "expert_lens" in line), sep="\n")
     return json.loads(results[-1]), done.stdout
 
 
@@ -67,16 +68,31 @@ def test_rows_are_those_of_sglangs_own_capture(way: str) -> None:
     assert (late["requests"], late["different"], late["missing"]) == (3, 0, 0)
 
 
-NGRAM = {"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 4, "wave": "repeating"}
+NEXTN = {
+    "speculative_algorithm": "NEXTN",  # a MoE layer that drafts, whose experts are nobody's
+    "speculative_num_steps": 3,
+    "model_num_hidden_layers": 12,
+    "cuda_graph_max_bs_decode": 16,
+    "max_running_requests": 16,
+    "model_vocab_size": 64,  # so few that drafts by random weights are accepted now and then
+}
+TREE = {"speculative_num_draft_tokens": 8, "spy": "followed"}
+DRAFTED: dict[str, dict[str, Any]] = {
+    "by a layer, in a row": {**NEXTN, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4},
+    "by a layer, in a tree": {**NEXTN, **TREE, "speculative_eagle_topk": 4},
+    "by n-grams": {**TREE, "speculative_algorithm": "NGRAM", "max_running_requests": 16, "wave": "repeating"},
+}
 
 
 @pytest.mark.parametrize("graphs", [True, False])
-def test_rejected_tokens_leave_no_rows(graphs: bool) -> None:
-    """Drafts by n-grams, of which some are accepted and some are not."""
-    found, _ = run("check", {**NGRAM, **({} if graphs else {"disable_cuda_graph": True})})
+@pytest.mark.parametrize("drafted", DRAFTED)
+def test_rejected_tokens_leave_no_rows(drafted: str, graphs: bool) -> None:
+    """Of what is drafted, some is accepted and some is not."""
+    found, _ = run("check", {**DRAFTED[drafted], **({} if graphs else {"disable_cuda_graph": True})})
     assert (found["different"], found["missing"], found["wrong_length"], found["dropped_tokens"]) == (0, 0, 0, 0)
     assert found["ids"] > 1_000_000
-    assert found["steps"] < found["outputs"]  # several tokens a step
+    assert min(found["accepted"], found["rejected"]) > 0
+    assert found["late"]["different"] == found["late"]["missing"] == 0
 
 
 @pytest.mark.parametrize("publisher", ["stream", "event"])
@@ -110,6 +126,38 @@ def test_aborted_requests_end() -> None:
     assert found["state"] == {"r0": "finished", "r1": "aborted", "r2": "aborted", "r3": "finished"}
     for request, outputs in found["outputs"].items():
         assert found["rows"][request] == 50 + outputs - 1
+
+
+def test_a_server_that_only_the_environment_enables() -> None:
+    found, _ = run("server", {"model_num_hidden_layers": 12})
+    assert (found["requests"], found["different"], found["missing"], found["wrong_length"]) == (40, 0, 0, 0)
+    assert found["ids"] > 500_000
+    assert (found["states"], found["of nobody"]) == (["finished"], [])
+
+
+RANKS: dict[str, dict[str, Any]] = {
+    "tensor parallel": {"tp_size": 2},
+    "tensor and expert parallel": {"tp_size": 2, "ep_size": 2},
+    "data-parallel attention": {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True},
+    "data-parallel attention, no graphs": {
+        "tp_size": 2,
+        "dp_size": 2,
+        "enable_dp_attention": True,
+        "disable_cuda_graph": True,
+        "chunked_prefill_size": 256,
+    },
+    "data-parallel engines": {"dp_size": 2},
+}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("way", RANKS)
+def test_rows_of_several_gpus_are_those_of_sglangs_own_capture(way: str) -> None:
+    found, log = run("check", dict(RANKS[way]))
+    assert (found["requests"], found["different"], found["missing"], found["wrong_length"]) == (159, 0, 0, 0)
+    assert found["ids"] > 5_000_000
+    assert (found["dropped_tokens"], found["control"]) == (0, 1)
+    assert log.count("expert_lens publishes as capture") == found["arenas"] == RANKS[way].get("dp_size", 1)
 
 
 def test_an_engine_that_was_not_enabled() -> None:

@@ -216,6 +216,9 @@ impl<M: Memory> Writer<M> {
 
     /// A forward whose rows are not published: they count as dropped, and readers know that there were some.
     pub fn drop_step(&mut self, rows: usize) -> Published {
+        if rows == 0 {
+            return Published { rows: 0, dropped: 0 }; // readers would take it for a gap, behind which no KV slot is sure
+        }
         self.begin_step();
         self.count_dropped_record();
         self.count_dropped_rows(rows);

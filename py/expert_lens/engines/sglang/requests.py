@@ -115,8 +115,8 @@ class Requests:
             request.running = False
             self._retracted.add(req.rid)
             return
-        # A step that overlapped the end may have run one token past it.
-        positions = len(req.origin_input_ids) + max(len(req.output_ids), 1) - 1
+        # A step that overlapped the end may have run past it, and one over drafted tokens may have given more of them.
+        positions = len(req.origin_input_ids) + max(len(req.output_ids_through_stop), 1) - 1
         aborted = type(reason).__name__ == "FINISH_ABORT"
         if aborted and not req.output_ids:
             positions = request.end
