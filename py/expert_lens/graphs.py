@@ -208,6 +208,9 @@ class _ByKernels(GraphStep):
             self._publish()
             self._beside.synchronize()
         mailbox.pass_over()
+        self._rows: ReplayRows | None = None
+        """Of the last replay, and what posts for them."""
+        self._post: Callable[[], Any] = _nothing
         super().__init__(tap, inputs.num_rows)
 
     def record(self, begun: torch.cuda.Event | None) -> None:
@@ -226,17 +229,23 @@ class _ByKernels(GraphStep):
     def replay(self, launch: Callable[[], Any], rows: ReplayRows | None) -> None:
         tap = self._tap()
         if tap is None:
+            self._rows, self._post = None, _nothing
             self._mailbox.pass_over()
             launch()
             return
-        active = self._active_tap(rows)
-        post = None if active is None or rows is None else partial(self._post, active, rows)
-        tap.launch(self._mailbox, launch, post, 0 if rows is None else rows.num_rows)
+        if rows is not self._rows:
+            self._set_rows(rows)
+        tap.launch(self._mailbox, launch, self._rows, self._post)
 
-    def _post(self, tap: Tap, rows: ReplayRows) -> None:
-        columns = self._columns
-        tap.set_batch(rows.spans)
-        tap.writer.publish_graph(
+    def _set_rows(self, rows: ReplayRows | None) -> None:
+        """Make ready what posts for these rows: the same for each replay of a batch that goes on."""
+        tap, columns = self._active_tap(rows), self._columns
+        if tap is None or rows is None:
+            self._rows, self._post = None, _nothing
+            return
+        self._rows = rows
+        self._post = partial(
+            tap.writer.publish_graph,
             self._mailbox,
             rows.num_rows,
             token_ids=columns.token_ids is not None,
@@ -310,6 +319,10 @@ def _publish(tap: Tap, inputs: _Inputs, mailbox: Mailbox) -> None:
         weights[0].stride(0) if weights else 0,
         kernels.BLOCK_WORDS,
     )
+
+
+def _nothing() -> None:
+    """Posts nothing."""
 
 
 def _alike(tensors: Sequence[torch.Tensor | None], num_rows: int, top_k: int) -> list[torch.Tensor]:

@@ -28,6 +28,7 @@ from expert_lens.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from expert_lens._core import Mailbox, Writer
+    from expert_lens.graphs import ReplayRows
     from expert_lens.types import Span
 
 __all__ = ["DecodeRun", "Rows", "Step", "Tap"]
@@ -345,22 +346,32 @@ class Tap:
             self.lose(len(experts))
 
     def launch(
-        self, mailbox: Mailbox, replay: Callable[[], Any], post: Callable[[], Any] | None, num_rows: int
+        self, mailbox: Mailbox, replay: Callable[[], Any], rows: ReplayRows | None, post: Callable[[], Any]
     ) -> None:
         """Launch a replay of a CUDA graph, and publish the rows it writes, which `post()` does by the mailbox.
 
-        None: it has none. Posting and launching go together: nobody else publishes between them. They cannot be left to
-        another thread, as `publish` can: if one is just publishing, the rows are lost and counted. What `replay` raises
-        is passed on; the rows are then all there or, if the replay did not run, void; they count as dropped.
+        `rows` None: it has none. Posting and launching go together: nobody else publishes between them. They cannot be
+        left to another thread, as `publish` can: if one is just publishing, the rows are lost and counted. What
+        `replay` raises is passed on; the rows are then all there or, if the replay did not run, void; they count as
+        dropped.
+
+        It runs between two steps of an engine, when nothing of it is in the processor's caches: what it calls, it pays
+        for several times over.
         """
-        held = self._take_turn()
+        held = self._take_turn() if self._jobs else self._turn.acquire(blocking=False)
         before = mailbox.replays
         try:
-            if post is not None and self.active:
+            if rows is not None and self.active:
                 if held:
-                    self.guard(post)
+                    try:
+                        if rows.spans is not self._batch or self.lost_tokens:
+                            self.set_batch(rows.spans)
+                        self._next = None
+                        post()
+                    except Exception as error:
+                        self.fail(error)
                 else:
-                    self.lose(num_rows)
+                    self.lose(rows.num_rows)
             if mailbox.replays == before:
                 mailbox.pass_over()
             replay()
@@ -370,7 +381,9 @@ class Tap:
             raise
         finally:
             if held:
-                self._give_turn()
+                self._turn.release()
+                if self._jobs:
+                    self._run_jobs()
 
     def _retract(self, mailbox: Mailbox) -> None:
         stream = torch.cuda.current_stream(mailbox.device).cuda_stream

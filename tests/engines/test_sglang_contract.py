@@ -76,7 +76,7 @@ def test_a_request_says_when_it_ends(sources: Sources) -> None:
     needed = {"rid", "origin_input_ids", "output_ids", "output_ids_through_stop", "finished_reason", "finished"}
     assert needed <= sources.fields(f"{batch}:Req")
     assert sources.find(f"{batch}:FINISH_ABORT") is not None
-    assert {"reqs"} <= sources.fields(first(sources, f"{batch}:ModelWorkerBatch", f"{batch}:ScheduleBatch"))
+    assert {"reqs"} <= sources.fields(f"{batch}:ScheduleBatch")
 
 
 def test_a_decode_graph_has_its_inputs_and_can_be_found(sources: Sources) -> None:

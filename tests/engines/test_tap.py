@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from expert_lens.errors import UnsupportedModelError
+from expert_lens.graphs import ReplayRows
 from expert_lens.tap import MAX_WAITING_JOBS, MAX_WAITING_STEPS, Rows, Step, Tap
 
 
@@ -278,6 +279,9 @@ def test_the_engines_process_imports_nothing_heavy(module: str) -> None:
     assert run.stdout.strip() == "[]"
 
 
+FOUR_ROWS = ReplayRows([(1, "a", 0, 4, 0, "decode")], 4)
+
+
 class NotingMailbox:
     """Stands in for a graph's mailbox, which no machine without a GPU has."""
 
@@ -319,13 +323,22 @@ def test_a_replay_is_posted_for_and_launched_and_nobody_comes_between(launching:
         others[0].join()
         writer.calls.append(("launch",))
 
-    tap.launch(mailbox, replay, mailbox.post, 4)
+    tap.launch(mailbox, replay, FOUR_ROWS, mailbox.post)
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join(10)
-    assert writer.names == ["post", "launch", "finish", "close"]
-    tap.launch(mailbox, lambda: None, mailbox.post, 4)
-    assert writer.names[4:] == ["pass over"], "the capture is off"
+    assert writer.names == ["set_batch", "post", "launch", "finish", "close"]
+    tap.launch(mailbox, lambda: None, FOUR_ROWS, mailbox.post)
+    assert writer.names[5:] == ["pass over"], "the capture is off"
+
+
+def test_replays_of_a_batch_that_goes_on_state_it_once(launching: tuple[Any, NotingWriter, Any]) -> None:
+    tap, writer, mailbox = launching
+    for _ in range(2):
+        tap.launch(mailbox, lambda: None, FOUR_ROWS, mailbox.post)
+    tap.launch(mailbox, lambda: None, None, mailbox.post)
+    tap.launch(mailbox, lambda: None, ReplayRows([(2, "b", 0, 4, 0, "decode")], 4), mailbox.post)
+    assert writer.names == ["set_batch", "post", "post", "pass over", "set_batch", "post"]
 
 
 @pytest.mark.parametrize("where", ["posting", "launching"])
@@ -341,8 +354,8 @@ def test_a_replay_that_fails_takes_its_post_back(launching: tuple[Any, NotingWri
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tap.launch(mailbox, replay, post, 4)
-    assert writer.calls == [("post",), ("retract", 77), ("void", 3, 0, 77)]
+        tap.launch(mailbox, replay, FOUR_ROWS, post)
+    assert writer.calls[1:] == [("post",), ("retract", 77), ("void", 3, 0, 77)]
     assert tap.error is None
     tap.finish(1, "a", 5, "finished")
     assert writer.names[-1] == "finish", "the turn was given back"
@@ -353,7 +366,7 @@ def test_rows_of_a_replay_are_lost_and_counted_while_another_thread_publishes(
 ) -> None:
     tap, writer, mailbox = launching
     with tap._turn:
-        tap.launch(mailbox, lambda: writer.calls.append(("launch",)), mailbox.post, 4)
+        tap.launch(mailbox, lambda: writer.calls.append(("launch",)), FOUR_ROWS, mailbox.post)
         tap.finish(1, "a", 5, "finished")
         assert writer.names == ["pass over", "launch"]
     tap.finish(2, "b", 5, "finished")

@@ -123,25 +123,33 @@ def followed(_: str) -> None:
 
 
 def timed(file: str) -> None:
+    from expert_lens.engines.sglang import scheduler
     from expert_lens.engines.sglang.capturer import Capturer
-    from expert_lens.engines.sglang.scheduler import SchedulerHooks
 
     clock = time.perf_counter_ns
-    spent = 0
+    spent = entered = 0
     rows = 0
     lines: list[str] = []
 
-    def around(owner: Any, name: str) -> None:
-        method = getattr(owner, name)
+    def follow_forwards(runner: Any, capturer: Any) -> None:
+        """The runner's forward, ours around it, and a clock on both sides of ours."""
+        original = runner.forward
 
-        def measured(*args: Any, **kwargs: Any) -> Any:
+        def theirs(*args: Any, **kwargs: Any) -> Any:
             nonlocal spent
-            began = clock()
-            result = method(*args, **kwargs)
-            spent += clock() - began
-            return result
+            spent += clock() - entered
+            return original(*args, **kwargs)
 
-        setattr(owner, name, measured)
+        runner.forward = theirs
+        followed(runner, capturer)
+        ours = runner.forward
+
+        def enter(*args: Any, **kwargs: Any) -> Any:
+            nonlocal entered
+            entered = clock()
+            return ours(*args, **kwargs)
+
+        runner.forward = enter
 
     def replay(capturer: Any, recorded: Any, launch: Any) -> None:
         nonlocal spent, rows
@@ -173,8 +181,7 @@ def timed(file: str) -> None:
         spent = rows = 0
         return None if native is None else native.on_forward_end(*args, **kwargs)
 
-    replayed, ended = Capturer._replay, Capturer.on_forward_end
-    around(SchedulerHooks, "before_forward")
-    around(SchedulerHooks, "after_init_batch")
+    replayed, ended, followed = Capturer._replay, Capturer.on_forward_end, scheduler._follow_forwards
+    scheduler._follow_forwards = follow_forwards
     Capturer._replay = replay  # type: ignore[method-assign]
     Capturer.on_forward_end = on_forward_end  # type: ignore[method-assign]

@@ -54,11 +54,13 @@ class Capturer:
         self._static = StaticExperts(tap, max_rows, runner.device)
         self._batch: Any = None
         """The batch whose forward is running."""
+        self._begun = False
+        """Whether a layer has handed over ids of it."""
         self._published = False
         """Whether a graph has published that forward's rows."""
         self._drafted: _Drafted | None = None
         """A forward over drafted tokens that are not judged yet."""
-        self._replayed: tuple[list[Span], ReplayRows] | None = None
+        self._replayed: ReplayRows | None = None
         self._decode_graph: _DecodeGraph | None = None
         """The decode graph that is just being captured."""
         self._recording: Step | None = None
@@ -87,7 +89,10 @@ class Capturer:
                 self.tap.guard(self._decode_graph.take, slot, ids)
         elif torch.cuda.is_current_stream_capturing():
             self.tap.guard(self._record_static, slot, ids)
-        else:
+        elif self._batch is not None:
+            if not self._begun:
+                self._begun = True
+                self.tap.begin()
             self.tap.layer(slot, ids)
 
     def on_forward_end(
@@ -95,9 +100,9 @@ class Capturer:
     ) -> Any:
         """The target model's forward is enqueued: publish its rows, if it was no decode graph, which does by itself."""
         batch, self._batch = self._batch, None
-        if batch is not None:
+        if not self._published and batch is not None:
             step = self.tap.end()
-            if self.tap.active and not self._published:
+            if self.tap.active:
                 self.tap.guard(self._publish, batch, step)
         if self.native is None:
             return None
@@ -129,14 +134,16 @@ class Capturer:
     def begin(self, batch: Any) -> None:
         """The target model's forward over this batch begins."""
         self._batch = batch
-        self._published = False
+        self._begun = self._published = False
+        if batch.extend_prefix_lens_cpu is not None or self._drafted is not None:
+            self.tap.guard(self._begin_prompts, batch)
+
+    def _begin_prompts(self, batch: Any) -> None:
         if self._drafted is not None:  # nobody has judged them
             self.tap.lose(len(self._drafted.experts))
             self._drafted = None
-        if self.tap.begin() is None or not self._slots or batch.extend_prefix_lens_cpu is None:
-            return
-        if batch.forward_mode.name in ("EXTEND", "MIXED") and _is_told(batch):
-            self.tap.guard(self._publish_prefixes, batch)
+        if self._slots and self.tap.active and batch.forward_mode.name in ("EXTEND", "MIXED") and _is_told(batch):
+            self._publish_prefixes(batch)
 
     def accept(self, accepted: torch.Tensor) -> None:
         """Drafted tokens are judged: publish the rows of the accepted ones.
@@ -196,24 +203,26 @@ class Capturer:
     # ---- the rest ----
 
     def _replay(self, recorded: GraphStep, launch: Callable[[], None]) -> None:
-        rows = None
-        batch = self._batch
-        if batch is not None and self.tap.active:
-            try:
-                rows = self._rows_of_replay(batch)
-            except Exception as error:
-                self.tap.fail(error)
+        batch, rows = self._batch, self._replayed
+        try:
+            if batch is None:
+                rows = None
+            elif rows is None or not self.requests.still_decode(batch, rows.spans):
+                rows = self._replayed = self._rows_of_replay(batch)
+        except Exception as error:
+            rows = None
+            self.tap.fail(error)
         self._published = True
         recorded.replay(launch, rows)
 
     def _rows_of_replay(self, batch: Any) -> ReplayRows | None:
+        if not self.tap.active:
+            return None
         if not _is_told(batch):
             self.tap.lose(batch.batch_size)
             return None
         spans = self.requests.decode(batch)
-        if self._replayed is None or spans is not self._replayed[0]:
-            self._replayed = spans, ReplayRows(spans, len(spans))
-        return self._replayed[1]
+        return ReplayRows(spans, len(spans))
 
     def _record_static(self, slot: int, ids: torch.Tensor) -> None:
         """Record, in a graph of prompts that is being captured, what the forward's end is to find."""

@@ -13,10 +13,9 @@ from typing import Any
 __all__ = [
     "CAPTURER",
     "DECODE_CAPTURE",
-    "FORWARD",
     "INIT",
-    "INIT_BATCH",
     "PLACES",
+    "PROMPTS",
     "RELEASE",
     "RELEASES",
     "VERIFY",
@@ -66,11 +65,10 @@ INIT = Place(
     (f"{_RUNNER}.init_routed_experts_capturer",),
     ("self",),
 )
-FORWARD = Place("a forward begins", (f"{_RUNNER}.forward",), ("self", "forward_batch"))
-INIT_BATCH = Place(
-    "a forward's batch is made of requests",
-    ("sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new",),
-    ("batch", "model_runner"),
+PROMPTS = Place(
+    "prompts are put together",
+    ("sglang.srt.managers.schedule_batch:ScheduleBatch.prepare_for_extend",),
+    ("self",),
 )
 DECODE_CAPTURE = Place(
     "a decode step is captured in a CUDA graph",
@@ -101,8 +99,8 @@ CAPTURER = Place(
 )
 PLACES = (
     INIT,
-    FORWARD,
-    INIT_BATCH,
+    Place("a forward begins", (f"{_RUNNER}.forward",), ("self", "forward_batch")),
+    PROMPTS,
     DECODE_CAPTURE,
     RELEASE,
     CAPTURER,

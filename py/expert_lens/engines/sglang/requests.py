@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from expert_lens.engines.names import RequestNames, next_number
@@ -45,9 +45,11 @@ class Requests:
         self._names = RequestNames()
         self._live: dict[str, _Request] = {}
         self._retracted: set[str] = set()
-        self._decoding: tuple[list[str], int] | None = None
+        self._decoding: list[str] | None = None
+        """The rids of the last decode batch, if nothing has changed since."""
+        self._width = 1
         self._spans: list[Span] = []
-        """Of the last decode batch, whose rids and rows a request are `_decoding`."""
+        """Of that batch, whose requests have `_width` rows each."""
 
     def admit(self, reqs: Iterable[Any]) -> None:
         """Learn how long the prompts of a batch's requests are."""
@@ -65,15 +67,19 @@ class Requests:
         for rid in [rid for rid in self._retracted if (req := self._live[rid].req) is not None and req() is None]:
             self._end(rid, self._live[rid].end, "aborted")
 
+    def still_decode(self, batch: Any, spans: Sequence[Span]) -> bool:
+        """Whether these are the spans of this decode step too, as they were of the last one."""
+        return spans is self._spans and batch.rids == self._decoding and batch.batch_size == len(spans)
+
     def decode(self, batch: Any, width: int = 1) -> list[Span]:
         """The spans of a decode step, `width` rows a request; the same list as long as the batch stays the same."""
-        if self._decoding is None or batch.rids != self._decoding[0] or width != self._decoding[1]:
+        if batch.rids != self._decoding or width != self._width:
             lengths = batch.seq_lens_cpu
             self._spans = [
                 self._span(self._live.get(rid) or self._add(rid, int(lengths[at]) - 1), at * width, width, "decode")
                 for at, rid in enumerate(batch.rids)
             ]
-            self._decoding = list(batch.rids), width
+            self._decoding, self._width = list(batch.rids), width
         return self._spans
 
     def extend(self, batch: Any) -> list[Span]:

@@ -34,8 +34,7 @@ class SchedulerHooks:
 
         for place, hook, kind in [
             (contract.INIT, self.after_init, HookType.AFTER),
-            (contract.INIT_BATCH, self.after_init_batch, HookType.AFTER),
-            (contract.FORWARD, self.before_forward, HookType.BEFORE),
+            (contract.PROMPTS, self.after_prompts, HookType.AFTER),
             (contract.DECODE_CAPTURE, self.around_decode_capture, HookType.AROUND),
             (contract.RELEASE, self.before_release, HookType.BEFORE),
             (contract.VERIFY, self.after_verify, HookType.AFTER),
@@ -85,21 +84,17 @@ class SchedulerHooks:
         )
         self._set(self._capturer)
         self._runner = runner
+        _follow_forwards(runner, self._capturer)
         if contract.VERIFY.find() is None and not runner.spec_algorithm.is_none():
             log.warning(
                 "expert_lens: rows of drafted tokens count as dropped, as this SGLang has no %s", contract.VERIFY.paths
             )
         log.info("expert_lens publishes as capture %s, rank %d", name, rank)
 
-    def after_init_batch(self, batch: Any, _: Any, made_of: Any, model_runner: Any, *__: Any, **___: Any) -> None:
-        """A batch was made ready for a forward."""
-        if model_runner is self._runner and self._capturer is not None and batch.extend_seq_lens_cpu is not None:
-            self._capturer.tap.guard(self._capturer.requests.admit, made_of.reqs)
-
-    def before_forward(self, runner: Any, forward_batch: Any, *_: Any, **__: Any) -> None:
-        """A forward begins, on its stream."""
-        if runner is self._runner and self._capturer is not None:
-            self._capturer.tap.guard(self._capturer.begin, forward_batch)
+    def after_prompts(self, _: Any, batch: Any) -> None:
+        """Prompts, or parts of them, were put together."""
+        if self._capturer is not None:
+            self._capturer.tap.guard(self._capturer.requests.admit, batch.reqs)
 
     def around_decode_capture(
         self, capture: Callable[..., Any], graph_runner: Any, size: int, *args: Any, **kwargs: Any
@@ -135,6 +130,21 @@ class SchedulerHooks:
     @staticmethod
     def _set(capturer: Any) -> None:
         _capturer_module().set_global_experts_capturer(capturer)
+
+
+def _follow_forwards(runner: Any, capturer: Capturer) -> None:
+    """Have the capturer know of each forward that begins, on its stream.
+
+    Of this runner alone, and by no hook of SGLang's registry, which costs more than what it would call: it comes by in
+    every step.
+    """
+    begin, original = capturer.begin, runner.forward
+
+    def forward(forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        begin(forward_batch)
+        return original(forward_batch, *args, **kwargs)
+
+    runner.forward = forward
 
 
 def _capturer_module() -> Any:

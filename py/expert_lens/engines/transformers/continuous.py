@@ -16,10 +16,10 @@ import numpy as np
 
 from expert_lens.engines.names import RequestNames, next_number
 from expert_lens.errors import EngineHookError
+from expert_lens.graphs import GraphStep, ReplayRows, record
 from expert_lens.tap import U32, Rows, Step, Tap
 
 if TYPE_CHECKING:
-    from expert_lens.graphs import GraphStep
     from expert_lens.types import Phase, Span
 
 __all__ = ["ContinuousBatches"]
@@ -53,36 +53,44 @@ class _Manager:
         """Note how far the requests of the last forward have come."""
         decoding, self.decoding = self.decoding, None
         if decoding is not None:
-            for request, position in zip(decoding.requests, decoding.positions.tolist(), strict=True):
-                request.next_position = position + 1
+            for request, position in zip(decoding.requests, decoding.ends().tolist(), strict=True):
+                request.next_position = position
 
 
 class _Decoding:
     """A batch whose requests each decode one token: as long as it stays the same, so do its spans."""
 
-    __slots__ = ("positions", "requests", "spans", "states")
+    __slots__ = ("num_more", "replayed", "requests", "spans", "start", "states")
 
-    def __init__(self, states: list[Any], requests: list[_Request], spans: list[Span], positions: U32) -> None:
+    def __init__(self, states: list[Any], requests: list[_Request], spans: list[Span], start: U32) -> None:
         self.states = states
         self.requests = requests
         self.spans = spans
-        self.positions = positions
+        self.start = start
+        """Positions of the first step; `num_more` steps came behind it."""
+        self.num_more = 0
+        self.replayed = ReplayRows(spans, len(spans))
 
-    def advance(self, batch: list[Any]) -> U32 | None:
-        """The positions of the batch that is prepared, if it is the next token of each request, and nothing else."""
+    def goes_on(self, batch: list[Any], num_tokens: int) -> bool:
+        """Whether the batch that is prepared, of so many tokens, is one more of each request, and nothing else."""
         states = self.states
-        same = len(batch) == len(states) and all(map(is_, map(_state, batch), states))
-        if not same or set(map(_query_length, batch)) != {1}:
+        return num_tokens == len(batch) == len(states) and all(map(is_, map(_state, batch), states))
+
+    def advance(self) -> U32 | None:
+        """The positions of the next tokens, if the engine has counted just those."""
+        positions = self.ends()
+        counted = np.fromiter(map(_position_offset, self.states), np.uint32, len(self.states))
+        if not np.array_equal(counted, positions + np.uint32(1)):
             return None
-        ends = np.fromiter(map(_position_offset, states), np.uint32, len(states))  # the engine has counted it already
-        positions = self.positions + np.uint32(1)
-        if not np.array_equal(ends, positions + np.uint32(1)):
-            return None
-        self.positions = positions
+        self.num_more += 1
         return positions
 
+    def ends(self) -> U32:
+        """Behind the position of each request's last token."""
+        return self.start + np.uint32(self.num_more + 1)
 
-_state, _query_length, _position_offset = map(attrgetter, ("state", "query_length", "position_offset"))
+
+_state, _position_offset = attrgetter("state"), attrgetter("position_offset")
 
 
 class ContinuousBatches:
@@ -131,11 +139,9 @@ class ContinuousBatches:
 
         Raises EngineHookError as `publish`, and what `graphs.record` raises.
         """
-        from expert_lens import graphs
-
         known, _ = self._find(model, inputs["cache"])
-        tokens = inputs["input_ids"]
-        known.recorded = graphs.record(self._tap, step, tokens.shape[1], token_ids=tokens)
+        tokens, positions = inputs["input_ids"], inputs["position_ids"]
+        known.recorded = record(self._tap, step, tokens.shape[1], token_ids=tokens, positions=positions)
 
     def _rows(self, known: _Manager, processor: Any, tokens: Any) -> Rows | None:
         """The rows of the coming forward; None if none belong to a request (a warm-up).
@@ -145,9 +151,11 @@ class ContinuousBatches:
         io = _current_inputs(processor)
         batch = io.requests_in_batch
         decoding = known.decoding
-        if decoding is not None and (next_positions := decoding.advance(batch)) is not None:
-            self._check_layout(io, tokens, len(batch))
-            return Rows(decoding.spans, next_positions, tokens)
+        if decoding is not None and decoding.goes_on(batch, io.total_seqlen_q):
+            next_positions = decoding.advance()
+            if next_positions is not None:
+                self._check_layout(io, tokens, len(batch))
+                return Rows(decoding.spans, next_positions, tokens)
         known.settle()
         active = processor.scheduler.active_requests
         states: list[Any] = []
@@ -255,19 +263,27 @@ class ContinuousBatches:
 
     def replay(self, known: _Manager, processor: Any, graph: Any, recorded: GraphStep) -> None:
         """Launch a replay of one of the engine's graphs, for the batch that it has prepared."""
-        from expert_lens.graphs import ReplayRows
-
         rows = None
         try:
-            batch = self._rows(known, processor, None)
-            if batch is not None and batch.kept is None:
-                assert isinstance(batch.positions, np.ndarray)
-                rows = ReplayRows(batch.spans, len(batch.positions), batch.positions)
-            elif batch is not None:  # a graph's rows cannot be picked
-                self._tap.lose(len(batch.positions))
+            rows = self._rows_of_replay(known, processor)
         except Exception as error:
             self._tap.fail(error)
         recorded.replay(graph.replay, rows)
+
+    def _rows_of_replay(self, known: _Manager, processor: Any) -> ReplayRows | None:
+        """As `_rows`, of a graph, which finds their positions itself: a batch that goes on has nothing new to say."""
+        io = _current_inputs(processor)
+        decoding = known.decoding
+        if decoding is not None and decoding.goes_on(io.requests_in_batch, io.total_seqlen_q):
+            decoding.num_more += 1
+            return decoding.replayed
+        rows = self._rows(known, processor, None)
+        if rows is None:
+            return None
+        if rows.kept is not None:  # a graph's rows cannot be picked
+            self._tap.lose(len(rows.positions))
+            return None
+        return ReplayRows(rows.spans, len(rows.positions)) if known.decoding is None else known.decoding.replayed
 
     def _follow_results(self, known: _Manager, manager: Any) -> None:
         def deliver(original: Callable[[Any], Any], output: Any) -> Any:
