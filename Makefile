@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+NOTEBOOKS := notebooks/quickstart.ipynb notebooks/sglang_live.ipynb
 RUST := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
 export PATH := $(abspath $(BIN)):$(PATH)
 export VIRTUAL_ENV := $(abspath $(VENV))
@@ -28,9 +29,9 @@ $(VENV)/built: $(VENV)/installed $(RUST)
 
 build: $(VENV)/built ## Set up .venv and build the extension into it
 
-demo: build ## Open the quickstart in JupyterLab; without a terminal, or with CI=true, run it and keep its pages
+demo: build ## Open the notebooks in JupyterLab; without a terminal, or with CI=true, run them and keep their pages
 	@if [ -t 1 ] && [ "$$CI" != "true" ]; then $(MAKE) --no-print-directory lab; \
-	else python notebooks/headless.py notebooks/quickstart.ipynb build/demo; fi
+	else for notebook in $(NOTEBOOKS); do python notebooks/headless.py $$notebook build/demo || exit 1; done; fi
 
 lab: build ## Open JupyterLab on the notebooks
 	jupyter lab --allow-root --notebook-dir=notebooks notebooks/quickstart.ipynb

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,7 +123,7 @@ def test_loads_without_a_network():
 def test_size_and_shape(loaded):
     model, _ = loaded
     assert 6e6 <= model.num_parameters() <= 10e6
-    assert sum(path.stat().st_size for path in demo.MODEL_PATH.iterdir()) <= 16_000_000
+    assert sum(path.stat().st_size for path in demo.MODEL_PATH.iterdir()) <= 16 * 2**20
     config = model.config
     assert (config.num_hidden_layers, config.num_experts, config.num_experts_per_tok) == (8, 16, 2)
     assert all(hasattr(layer.mlp, "experts") for layer in model.model.layers)
@@ -203,3 +204,19 @@ def test_every_expert_is_used(loaded):
             for text in texts:
                 model(**tokenizer(text, return_tensors="pt"))
     assert (counts > 0).all()
+
+
+def test_the_head_is_there_for_engines_that_do_not_tie_it(loaded, tmp_path: Path) -> None:
+    from expert_lens.demo import train
+
+    model, _ = loaded
+    assert not model.config.tie_word_embeddings
+    head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
+    assert head is not embedding
+    assert torch.equal(head, embedding)
+    tied = transformers.Qwen3MoeForCausalLM(train.build_config())
+    train.save(tied, tmp_path)
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert not saved.config.tie_word_embeddings
+    written = saved.state_dict()
+    assert all(torch.equal(written[name], value.to(torch.bfloat16)) for name, value in tied.state_dict().items())

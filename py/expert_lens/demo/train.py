@@ -255,16 +255,20 @@ def mean_divergence(loads: list[Tensor]) -> float:
 
 
 def save(model: Qwen3MoeForCausalLM, out: Path) -> None:
-    """Writes weights (bf16), configuration and tokenizer, as `from_pretrained` wants them."""
-    copy = Qwen3MoeForCausalLM(model.config)
+    """Writes weights (bf16), configuration and tokenizer, as `from_pretrained` wants them.
+
+    The head, which is the embedding's while it is trained, is written as its own: not every engine would tie it.
+    """
+    config = Qwen3MoeConfig(**{**model.config.to_dict(), "tie_word_embeddings": False})
+    copy = Qwen3MoeForCausalLM(config)
     copy.load_state_dict(model.state_dict())
     copy.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD, do_sample=False)
     copy.to(torch.bfloat16).save_pretrained(out)
     build_tokenizer().save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)
-    config = json.loads((out / "config.json").read_text())
-    config["num_experts"] = config["num_local_experts"]  # the name that transformers 4 reads
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    written = json.loads((out / "config.json").read_text())
+    written["num_experts"] = written["num_local_experts"]  # the name that transformers 4 reads
+    (out / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
 
 
 def evaluate(terms: Any, model: Qwen3MoeForCausalLM, batches: Batches, num_rows: int) -> None:
