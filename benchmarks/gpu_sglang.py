@@ -2,8 +2,10 @@
 
 Modes, each an engine of its own, started in turn and some of them twice: `off`: without the plugin; `lens`: a lens
 attached in the process of the engine, which counts and keeps every row; `native`: SGLang's `return_routed_experts`
-with overlap scheduling. MODES="off;native, no overlap", say, in the environment asks for others. The same prompts in
-every run: 1 request of 1024 + 1024 tokens, 64 of 1024 + 512, each several times after a warm-up.
+with overlap scheduling. MODES="off;native, no overlap", say, in the environment asks for others; one is `off, a reader
+beside it`, which is without the plugin and has a lens look at a capture of nothing, so that what a busy reader changes
+on a machine is not taken for what the plugin does. The same prompts in every run: 1 request of 1024 + 1024 tokens, 64
+of 1024 + 512, each several times after a warm-up.
 
 A decode step: the time between two tokens of one request as they arrive, once all requests decode. A figure of the
 lens or of SGLang's capture is relative to the mean of the runs with `off`. Last, by an engine of few small layers: what
@@ -17,7 +19,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +48,30 @@ ENGINE: dict[str, Any] = {
     "chunked_prefill_size": 8192,
     "log_level": "warning",
 }
+
+
+@contextmanager
+def reader_beside() -> Iterator[None]:
+    """A lens on a capture of this process that gets a row every 5 ms, as a decoding engine would give it."""
+    from expert_lens._core import Collector, Writer
+
+    facts: dict[str, Any] = {"layers": list(range(48)), "num_experts": 128, "top_k": 8}
+    writer, over = Writer("beside", **facts), threading.Event()
+    row, position = np.zeros((1, 48, 8), np.uint8), np.zeros(1, np.uint32)
+
+    def write() -> None:
+        while not over.wait(0.005):
+            writer.publish(row, None, position)
+
+    thread, collector = threading.Thread(target=write), Collector("beside")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        collector.close()
+        writer.close()
 
 
 def run_mode(mode: str) -> None:
@@ -90,11 +119,12 @@ def run_mode(mode: str) -> None:
             "p99": float(np.percentile(steps, 99)),
         }
 
-    for requests, _ in EXPERIMENTS:
-        experiment(requests, SKIPPED + 16)
-    for _ in range(RUNS):
-        for requests, output in EXPERIMENTS:
-            print("RUN " + json.dumps(experiment(requests, output)), flush=True)
+    with reader_beside() if mode.endswith("a reader beside it") else nullcontext():
+        for requests, _ in EXPERIMENTS:
+            experiment(requests, SKIPPED + 16)
+        for _ in range(RUNS):
+            for requests, output in EXPERIMENTS:
+                print("RUN " + json.dumps(experiment(requests, output)), flush=True)
     if lens is not None:
         stats = lens.stats
         print(f"lens: {stats['tokens']} rows, {stats['dropped_tokens']} dropped", file=sys.stderr)

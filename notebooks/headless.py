@@ -16,10 +16,10 @@ from nbconvert import HTMLExporter
 
 def run(notebook: Path, folder: Path) -> None:
     """Execute every cell, with a line of progress each; an error in a cell is raised."""
-    trace = folder / "trace"
+    trace = folder / f"{notebook.stem}_trace"
     shutil.rmtree(trace, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ["QUICKSTART_TRACE"] = str(trace.resolve())
+    os.environ["NOTEBOOK_TRACE"] = str(trace.resolve())
     page = nbformat.read(notebook, as_version=4)
     cells = [cell for cell in page.cells if cell.cell_type == "code"]
     began = time.monotonic()
