@@ -1,34 +1,41 @@
 """SGLang's own experiment on one GPU, Qwen3-30B-A3B's shape with dummy weights: `python benchmarks/gpu_sglang.py`.
 
-Modes, each an engine of its own, started in turn and some of them twice: `off`: without the plugin; `lens`: a lens
-attached in the process of the engine, which counts and keeps every row; `native`: SGLang's `return_routed_experts`
-with overlap scheduling. MODES="off;native, no overlap", say, in the environment asks for others; one is `off, a reader
-beside it`, which is without the plugin and has a lens look at a capture of nothing, so that what a busy reader changes
-on a machine is not taken for what the plugin does. The same prompts in every run: 1 request of 1024 + 1024 tokens, 64
-of 1024 + 512, each several times after a warm-up.
+Modes, each an engine of its own, started in turn and some of them twice; MODES="off;lens, recorded", say, in the
+environment asks for others than ORDER:
 
-A decode step: the time between two tokens of one request as they arrive, once all requests decode. A figure of the
-lens or of SGLang's capture is relative to the mean of the runs with `off`. Last, by an engine of few small layers: what
-the lens takes of the scheduler's thread in a step, launch left out (tests/gpu/sglang_spy.py).
+* `off`: without the plugin.
+* `off, a reader beside it`: the same, and a lens looks at a capture of something else, so that what a busy reader
+  changes on a machine is not taken for what the plugin does.
+* `lens`: a lens attached in the process of the engine, which counts and keeps every row.
+* `lens, recorded`: and `expert-lens record` in a process of its own writes Parquet; needs polars.
+* `native` and `native, no overlap`: SGLang's `return_routed_experts`, with and without overlap scheduling.
+* `timing`: what the lens takes of the scheduler's thread in a step, launch left out (tests/gpu/sglang_spy.py); by a
+  model of small layers.
+
+The same prompts in every run: 1 request of 1024 + 1024 tokens, 64 of 1024 + 512, each several times after a warm-up.
+OPTIONS='{"tp_size": 2}' gives engines more options. A decode step: the time between two tokens of one request as they
+arrive, once all requests decode. A figure of the lens or of SGLang's capture is relative to the mean of the runs with
+`off`.
 """
 
 import asyncio
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ORDER = ("off", "lens", "native", "lens", "off")
+ORDER = ("off", "lens", "native", "lens", "off", "timing")
 EXPERIMENTS = ((1, 1024), (64, 512))
 PROMPT, RUNS, SKIPPED = 1024, 2, 48
 TESTS = Path(__file__).parent.parent / "tests" / "gpu"
@@ -48,6 +55,26 @@ ENGINE: dict[str, Any] = {
     "chunked_prefill_size": 8192,
     "log_level": "warning",
 }
+
+
+@contextmanager
+def recorder(lens: Any) -> Iterator[None]:
+    """`expert-lens record` of the lens's capture; at the end every row must be in the Parquet."""
+    import expert_lens
+
+    with tempfile.TemporaryDirectory() as folder:
+        command = "import sys; from expert_lens.cli import main; sys.exit(main())"  # where a wheel lies unpacked
+        process = subprocess.Popen([sys.executable, "-c", command, "record", lens.name, folder])
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+        written = sum(1 for _ in Path(folder).glob("*.parquet"))
+        rows = expert_lens.scan(folder).select("position").collect().height
+        print(f"recorded: {rows} rows in {written} parts, of {lens.stats['tokens']} tokens", file=sys.stderr)
+        assert process.returncode == 0
+        assert rows > 0
 
 
 @contextmanager
@@ -82,12 +109,13 @@ def run_mode(mode: str) -> None:
     import expert_lens
 
     native = mode.startswith("native")
-    if mode == "lens":
+    if mode.startswith("lens"):
         expert_lens.enable()
     options = {f"model_{key}": value for key, value in MODEL.items()}
     overlap = {"disable_overlap_schedule": True} if mode.endswith("no overlap") else {}
-    engine, _ = sglang_engine.start({**options, **ENGINE, **overlap, "enable_return_routed_experts": native})
-    lens = expert_lens.attach(engine) if mode == "lens" else None
+    asked = {**overlap, **json.loads(os.environ.get("OPTIONS", "{}"))}
+    engine, _ = sglang_engine.start({**options, **ENGINE, **asked, "enable_return_routed_experts": native})
+    lens = expert_lens.attach(engine) if mode.startswith("lens") else None
     more = {"return_routed_experts": True} if native else {}
 
     async def one(prompt: list[int], output: int) -> list[float]:
@@ -119,7 +147,11 @@ def run_mode(mode: str) -> None:
             "p99": float(np.percentile(steps, 99)),
         }
 
-    with reader_beside() if mode.endswith("a reader beside it") else nullcontext():
+    beside: dict[str, Callable[[], Any]] = {
+        "off, a reader beside it": reader_beside,
+        "lens, recorded": lambda: recorder(lens),
+    }
+    with beside.get(mode, nullcontext)():
         for requests, _ in EXPERIMENTS:
             experiment(requests, SKIPPED + 16)
         for _ in range(RUNS):
@@ -164,9 +196,9 @@ def report(runs: list[dict[str, Any]]) -> None:
         for mode in of:
             if mode == "off" or not of[mode]:
                 continue
-            bar = {"bar": bars[n, "step"]} if mode == "lens" else {}
+            bar = {"bar": bars[n, "step"]} if mode.startswith("lens") else {}
             show(f"{what}: decode step, {mode} : off", "%", [(run["mean"] / step - 1) * 100 for run in of[mode]], **bar)
-            bar = {"bar": bars[n, "speed"]} if mode == "lens" else {}
+            bar = {"bar": bars[n, "speed"]} if mode.startswith("lens") else {}
             ratios = [run["tokens/s"] / speed for run in of[mode]]
             show(f"{what}: throughput, {mode} : off", "throughput ratio", ratios, **bar)
         for mode in of:
@@ -181,12 +213,15 @@ def main() -> None:
 
     print(f"# {torch.cuda.get_device_name()}, SGLang {sglang.__version__}, torch {torch.__version__}", flush=True)
     runs: list[dict[str, Any]] = []
-    for mode in os.environ.get("MODES", ";".join(ORDER)).split(";"):
+    modes = os.environ.get("MODES", ";".join(ORDER)).split(";")
+    for mode in modes:
+        if mode == "timing":
+            continue
         lines = [line for line in start(__file__, mode) if line.startswith("RUN ")]
         runs += [json.loads(line[4:]) for line in lines]
         print(f"{mode}: {len(lines)} runs", *lines, sep="\n", file=sys.stderr, flush=True)
     report(runs)
-    for line in start(str(TESTS / "sglang_engine.py"), "timing", "{}"):
+    for line in [] if "timing" not in modes else start(str(TESTS / "sglang_engine.py"), "timing", "{}"):
         if line.startswith('{"n'):
             for rows, found in json.loads(line).items():
                 if rows.startswith("n = "):
