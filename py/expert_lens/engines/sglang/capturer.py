@@ -63,8 +63,8 @@ class Capturer:
         self._replayed: ReplayRows | None = None
         self._decode_graph: _DecodeGraph | None = None
         """The decode graph that is just being captured."""
-        self._recording: Step | None = None
-        """What another graph that is just being captured has handed over."""
+        self._recording = _Layers(tap)
+        """Of another graph that is just being captured."""
 
     # ---- what SGLang calls ----
 
@@ -231,14 +231,7 @@ class Capturer:
                 "graphs of prompts with data-parallel attention, whose rows expert_lens cannot tell apart yet. Start "
                 "with --disable-prefill-cuda-graph."
             )
-        if slot == 0:
-            self._recording = Step(len(self.tap.layers))
-        step = self._recording
-        if step is None:
-            raise EngineHookError(f"layer {self.tap.layers[slot]} is the first of a graph that is captured")
-        step.experts[slot] = ids
-        if slot == len(self.tap.layers) - 1:
-            self._recording = None
+        if (step := self._recording.add(slot, ids)) is not None:
             self._static.record(step)
 
     def _publish(self, batch: Any, step: Step | None) -> None:
@@ -321,6 +314,30 @@ class _Drafted(NamedTuple):
     slots: torch.Tensor
 
 
+class _Layers:
+    """What the layers of a graph hand over while it is captured, the first one first."""
+
+    def __init__(self, tap: Tap, *, mark_beginning: bool = False) -> None:
+        self._layers = tap.layers
+        self._mark_beginning = mark_beginning
+        self._step: Step | None = None
+
+    def add(self, slot: int, ids: torch.Tensor) -> Step | None:
+        """The whole step, if this was the last layer of it."""
+        if slot == 0:
+            self._step = Step(len(self._layers))
+            if self._mark_beginning:
+                graphs.mark_beginning(self._step)
+        step = self._step
+        if step is None:
+            raise EngineHookError(f"layer {self._layers[slot]} is the first of a graph that is captured")
+        step.experts[slot] = ids
+        if slot < len(self._layers) - 1:
+            return None
+        self._step = None
+        return step
+
+
 class _DecodeGraph:
     """A decode graph while it is captured, of `size` requests."""
 
@@ -333,21 +350,13 @@ class _DecodeGraph:
         self._layout = layout
         self._slots = slots
         self._static = static
-        self._step: Step | None = None
         self._publishes = _is_one_graph(runner) and runner.capture_forward_mode.is_decode()
+        self._layers = _Layers(tap, mark_beginning=self._publishes)
 
     def take(self, slot: int, ids: torch.Tensor) -> None:
         """Hold a layer's ids; behind the last one, record what is to become of them."""
-        if slot == 0:
-            self._step = Step(len(self._tap.layers))
-            if self._publishes:
-                graphs.mark_beginning(self._step)
-        step = self._step
-        if step is None:
-            raise EngineHookError(f"layer {self._tap.layers[slot]} is the first of a decode graph")
-        step.experts[slot] = ids[graph_rows(len(ids), self._num_rows, self._layout)]
-        if slot == len(self._tap.layers) - 1:
-            self._step = None
+        step = self._layers.add(slot, ids[graph_rows(len(ids), self._num_rows, self._layout)])
+        if step is not None:
             self._record(step)
 
     def _record(self, step: Step) -> None:
