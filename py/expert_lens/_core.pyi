@@ -85,6 +85,9 @@ class ReaderTableFullError(ArenaError):
 class Writer:
     """The publishing end of one arena: one for a process, used by one thread at a time.
 
+    other_stages: how many pipeline stages there are beside this one; each publishes its own layers under a rank of its
+    own, and must see the same forwards in the same order.
+
     Raises CaptureInUseError, ArenaSpaceError, ArenaPermissionError when the arena cannot be created, and
     OptionError for a name, facts or options outside the layout's limits.
     """
@@ -97,6 +100,7 @@ class Writer:
         num_experts: int,
         top_k: int,
         rank: int = 0,
+        other_stages: int = 0,
         weights: bool = False,
         kv_slots: int = 0,
         arena_bytes: int = 268435456,
@@ -163,7 +167,9 @@ class Writer:
         """
 
     def drop_step(self, num_rows: int) -> None:
-        """A forward of so many rows that are not published: they count as dropped, and readers know of it."""
+        """A forward of so many rows that are not published: they count as dropped, and readers know of it. Of none:
+        nothing happens.
+        """
 
     def fail(self, reason: str) -> None:
         """Tell readers that the capture has switched itself off, and why; at most 255 bytes are kept."""
@@ -298,7 +304,10 @@ class Collector:
     way. history: rows kept for counts over the last N. prompt: look for records every 20 us while they come, instead
     of every 4 ms.
 
-    Raises CaptureNotFoundError, and the other ArenaErrors when an arena cannot be opened.
+    Of several pipeline stages a position is missing until each has published its part of the forward that computed it.
+
+    Raises CaptureNotFoundError, and the other ArenaErrors when an arena cannot be opened; OptionError while a pipeline
+    stage is not there yet.
     """
 
     def __new__(
@@ -313,7 +322,7 @@ class Collector:
     ) -> Collector: ...
     @property
     def facts(self) -> ModelFacts:
-        """What the first rank says of the model."""
+        """What the first rank says of the model; with the layers of all pipeline stages, if it is one of several."""
 
     @property
     def tokens(self) -> int:

@@ -11,8 +11,8 @@ from expert_lens.errors import EngineHookError, UnsupportedModelError
 
 def layout(**changes: int) -> Layout:
     one = {
-        "pp_size": 1, "attn_tp_size": 1, "attn_tp_rank": 0, "attn_dp_size": 1, "attn_dp_rank": 0, "attn_cp_size": 1,
-        "replica": 0,
+        "pp_size": 1, "pp_rank": 0, "attn_tp_size": 1, "attn_tp_rank": 0, "attn_dp_size": 1, "attn_dp_rank": 0,
+        "attn_cp_size": 1, "replica": 0,
     }  # fmt: skip
     return Layout(**{**one, **changes})
 
@@ -26,6 +26,16 @@ def test_one_process_of_each_data_parallel_rank_publishes() -> None:
         for tp in range(2)
     ]
     assert found == [0, None, 1, None, 2, None, 3, None]
+
+
+def test_every_pipeline_stage_of_each_data_parallel_rank_publishes() -> None:
+    found = [
+        layout(pp_size=3, pp_rank=stage, attn_tp_size=2, attn_tp_rank=tp, replica=replica).publishing_rank
+        for replica in range(2)
+        for stage in range(3)
+        for tp in range(2)
+    ]
+    assert found == [0, None, 1, None, 2, None, 3, None, 4, None, 5, None]
 
 
 @pytest.mark.parametrize("rank", [0, 1, 3])
@@ -64,7 +74,6 @@ def test_a_padded_forward_of_one_rank_begins_with_its_rows() -> None:
 @pytest.mark.parametrize(
     ("ranks", "options", "backend", "message"),
     [
-        ({"pp_size": 2}, {}, "none", "pipeline stages"),
         ({"attn_cp_size": 2}, {}, "none", "context-parallel ranks"),
         ({"attn_tp_size": 2}, {}, "deepep", "--moe-a2a-backend deepep over 2 attention ranks"),
         ({"attn_tp_size": 4}, {}, "mooncake", "--moe-a2a-backend mooncake over 4 attention ranks"),

@@ -14,12 +14,14 @@ use crate::memory::Memory;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 /// Version of everything below. Another number means that neither side can read the other.
-pub const LAYOUT_VERSION: u64 = 2;
+pub const LAYOUT_VERSION: u64 = 3;
 /// The first word of every arena ("explens" and a line end, so that a text-mode copy shows).
 pub const MAGIC: u64 = u64::from_le_bytes(*b"explens\n");
 
 /// Largest number of routed layers.
 pub const MAX_LAYERS: usize = 512;
+/// Most pipeline stages.
+pub const MAX_STAGES: usize = 32;
 /// Largest number of experts of a layer: ids are u16.
 pub const MAX_EXPERTS: usize = 65_536;
 /// Longest request id in bytes.
@@ -46,6 +48,7 @@ pub(crate) mod word {
     pub const START_TIME: usize = 10;
     pub const CREATED: usize = 11;
     pub const KV_SLOTS: usize = 12;
+    pub const OTHER_STAGES: usize = 13;
     pub const ENGINE: usize = 16;
     pub const ENGINE_VERSION: usize = 24;
     pub const MODEL: usize = 32;
@@ -221,6 +224,8 @@ pub struct Facts {
     pub kv_slots: u32,
     /// Which of the capture's publishers this is.
     pub rank: u32,
+    /// How many pipeline stages there are beside this one, each with routed layers of its own, published by itself.
+    pub other_stages: u32,
     /// The engine's name.
     pub engine: String,
     /// The engine's version.
@@ -255,6 +260,13 @@ impl Facts {
         }
         if e == 0 || e > MAX_EXPERTS {
             return Err(format!("{e} experts, and an arena holds 1 to {MAX_EXPERTS}"));
+        }
+        if self.other_stages as usize >= MAX_STAGES {
+            return Err(format!(
+                "{} other pipeline stages, and there are at most {}",
+                self.other_stages,
+                MAX_STAGES - 1
+            ));
         }
         if k == 0 || k > e {
             return Err(format!("top-k is {k}, and must be 1 to the number of experts, {e}"));
@@ -408,6 +420,7 @@ impl Header {
         put(word::WEIGHTS, u64::from(facts.weights));
         put(word::KV_SLOTS, u64::from(facts.kv_slots));
         put(word::RANK, u64::from(facts.rank));
+        put(word::OTHER_STAGES, u64::from(facts.other_stages));
         put(word::PID, u64::from(producer.pid));
         put(word::START_TIME, producer.start_time);
         put(word::CREATED, created_ns);
@@ -458,6 +471,7 @@ impl Header {
             weights: get(word::WEIGHTS) != 0,
             kv_slots: narrow("the number of KV slots", word::KV_SLOTS)?,
             rank: narrow("the rank", word::RANK)?,
+            other_stages: narrow("the number of other stages", word::OTHER_STAGES)?,
             engine: load_text(memory, word::ENGINE, 8)?,
             engine_version: load_text(memory, word::ENGINE_VERSION, 8)?,
             model: load_text(memory, word::MODEL, 32)?,

@@ -214,7 +214,8 @@ impl<M: Memory> Writer<M> {
         self.publish_sections(n, &sections, Some(landing))
     }
 
-    /// A forward whose rows are not published: they count as dropped, and readers know that there were some.
+    /// A forward whose rows are not published: they count as dropped, and readers know that there were some. Of none:
+    /// nothing happens.
     pub fn drop_step(&mut self, rows: usize) -> Published {
         if rows == 0 {
             return Published { rows: 0, dropped: 0 }; // readers would take it for a gap, behind which no KV slot is sure

@@ -54,6 +54,7 @@ fn an_arena_says_what_it_was_made_with() {
         weights: true,
         kv_slots: 77,
         rank: 3,
+        other_stages: 1,
         engine: "engine".into(),
         engine_version: String::new(),
         model: long.clone(),

@@ -77,7 +77,8 @@ fn ids<'a, T: Element + bytemuck::Pod>(array: &'a PyReadonlyArray3<'_, T>, facts
 #[pymethods]
 impl Writer {
     #[new]
-    #[pyo3(signature = (capture, *, layers, num_experts, top_k, rank=0, weights=false, kv_slots=0, arena_bytes=268_435_456,
+    #[pyo3(signature = (capture, *, layers, num_experts, top_k, rank=0, other_stages=0, weights=false, kv_slots=0,
+                        arena_bytes=268_435_456,
                         on_full="drop", wait_timeout=1.0, engine="", engine_version="", model="", directory=None))]
     #[expect(clippy::too_many_arguments, reason = "they are the keyword arguments of the Python class")]
     fn new(
@@ -86,6 +87,7 @@ impl Writer {
         num_experts: u32,
         top_k: u32,
         rank: u32,
+        other_stages: u32,
         weights: bool,
         kv_slots: u32,
         arena_bytes: usize,
@@ -110,6 +112,7 @@ impl Writer {
             weights,
             kv_slots,
             rank,
+            other_stages,
             engine: engine.into(),
             engine_version: engine_version.into(),
             model: model.into(),

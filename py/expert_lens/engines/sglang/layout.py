@@ -16,6 +16,7 @@ class Layout:
     """A process's place among the ranks. `replica`: of data parallelism by whole engines, beside that of attention."""
 
     pp_size: int
+    pp_rank: int
     attn_tp_size: int
     attn_tp_rank: int
     attn_dp_size: int
@@ -40,6 +41,7 @@ class Layout:
                 ) from None
             return cls(
                 pp_size=runner.pp_size,
+                pp_rank=runner.pp_rank,
                 attn_tp_size=dp_attention.get_attention_tp_size(),
                 attn_tp_rank=dp_attention.get_attention_tp_rank(),
                 attn_dp_size=args.dp_size if by_attention else 1,
@@ -54,6 +56,7 @@ class Layout:
         by_attention = here.attn_dp_size > 1
         return cls(
             pp_size=here.pp_size,
+            pp_rank=here.pp_rank,
             attn_tp_size=here.attn_tp_size,
             attn_tp_rank=here.attn_tp_rank,
             attn_dp_size=here.attn_dp_size,
@@ -66,9 +69,11 @@ class Layout:
     def publishing_rank(self) -> int | None:
         """The rank under which this process publishes; None if another one publishes the same.
 
-        Tensor-parallel ranks route alike, so the first of each data-parallel rank publishes.
+        Tensor-parallel ranks route alike, so the first of each data-parallel rank publishes, of every pipeline stage.
         """
-        return None if self.attn_tp_rank else self.replica * self.attn_dp_size + self.attn_dp_rank
+        if self.attn_tp_rank:
+            return None
+        return (self.replica * self.attn_dp_size + self.attn_dp_rank) * self.pp_size + self.pp_rank
 
 
 def refuse_unknown(layout: Layout, args: Any, a2a_backend: Any) -> None:
@@ -77,7 +82,6 @@ def refuse_unknown(layout: Layout, args: Any, a2a_backend: Any) -> None:
     `args`: SGLang's server arguments; `a2a_backend`: its way from rank to rank of tokens, or "none".
     """
     reasons = {
-        "pipeline stages, each of which has a part of the layers (--pp-size)": layout.pp_size > 1,
         "context-parallel ranks, each of which has a part of the tokens": layout.attn_cp_size > 1,
         f"--moe-a2a-backend {a2a_backend} over {layout.attn_tp_size} attention ranks, each of which has a part of the "
         "tokens": layout.attn_tp_size > 1 and str(a2a_backend) != "none",

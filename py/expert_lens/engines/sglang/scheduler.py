@@ -72,7 +72,7 @@ class SchedulerHooks:
             raise NotMoEError(f"{facts['model']} has no layer that routes tokens to experts")
         options = dict(self._options)
         name = options.pop("name") or f"sglang-{os.getppid()}"
-        writer = Writer(name, rank=rank, **facts, **options)
+        writer = Writer(name, rank=rank, other_stages=layout.pp_size - 1, **facts, **options)
         tap = Tap(writer, layers=facts["layers"], num_experts=facts["num_experts"], top_k=facts["top_k"])
         self._capturer = Capturer(
             runner,

@@ -1,5 +1,6 @@
 //! How often each expert was chosen: of all tokens, by phase, and of the last N.
 
+use super::stages::Part;
 use crate::batch::Phase;
 use crate::error::{Error, Result};
 use crate::layout::Facts;
@@ -38,12 +39,14 @@ impl Counts {
         Self { by_phase: [zeros(), zeros(), Vec::new()] }
     }
 
-    pub fn add(&mut self, facts: &Facts, phase: Option<Phase>, experts: &[u8]) {
+    /// Add rows of a part of the layers.
+    pub fn add(&mut self, part: &Part, phase: Option<Phase>, experts: &[u8]) {
+        let first = part.first_layer * part.facts.num_experts as usize;
         let len = self.by_phase[0].len();
         let counts = &mut self.by_phase[phase.map_or(2, |phase| phase as usize)];
         // Few captures have rows of an unknown phase, and the array may be large.
         counts.resize(len, 0);
-        each_cell(facts, experts, |cell| counts[cell] += 1);
+        each_cell(&part.facts, experts, |cell| counts[first + cell] += 1);
     }
 
     pub fn of(&self, phase: Option<Phase>) -> Vec<u64> {
@@ -61,6 +64,7 @@ impl Counts {
 
 /// The newest rows, and counts over the last N of them.
 pub(super) struct History {
+    facts: Facts,
     capacity: u64,
     row_bytes: usize,
     /// A ring: row `i` stands at `i % capacity`.
@@ -82,6 +86,7 @@ struct Window {
 }
 
 impl History {
+    /// `facts`: of the part of the layers that it is for.
     pub fn new(facts: &Facts, capacity: usize) -> Result<Self> {
         let row_bytes = facts.row_bytes();
         let most = MAX_HISTORY_BYTES / row_bytes;
@@ -91,6 +96,7 @@ impl History {
             )));
         }
         Ok(Self {
+            facts: facts.clone(),
             capacity: capacity as u64,
             row_bytes,
             experts: vec![0; capacity * row_bytes],
@@ -122,19 +128,19 @@ impl History {
     /// A window that is asked for again is moved on by the rows that came and went, not counted anew: the cost follows
     /// the rows, not how often a picture is drawn. Rows that went may be overwritten, so a window is counted anew when
     /// they are.
-    pub fn counts(&mut self, facts: &Facts, phase: Option<Phase>, last: u64) -> Vec<u64> {
+    pub fn counts(&mut self, phase: Option<Phase>, last: u64) -> Vec<u64> {
         let oldest = self.end.saturating_sub(self.capacity);
         let found = self.windows.iter().position(|window| window.last == last && window.phase == phase);
         let kept = found.and_then(|i| self.windows.remove(i)).filter(|window| window.begin >= oldest);
-        let mut window = kept.unwrap_or_else(|| self.empty_window(facts, phase, last, oldest));
+        let mut window = kept.unwrap_or_else(|| self.empty_window(phase, last, oldest));
         while window.end < self.end {
             let end = window.end;
-            let added = self.count_row(facts, &mut window, end, 1);
+            let added = self.count_row(&mut window, end, 1);
             window.end += 1;
             window.rows += added;
             while window.rows > last {
                 let begin = window.begin;
-                window.rows -= self.count_row(facts, &mut window, begin, u64::MAX);
+                window.rows -= self.count_row(&mut window, begin, u64::MAX);
                 window.begin += 1;
             }
         }
@@ -145,14 +151,14 @@ impl History {
     }
 
     /// A window that begins where `last` rows of the phase are left, so that none is counted in vain.
-    fn empty_window(&self, facts: &Facts, phase: Option<Phase>, last: u64, oldest: u64) -> Window {
+    fn empty_window(&self, phase: Option<Phase>, last: u64, oldest: u64) -> Window {
         let mut begin = self.end;
         let mut rows = 0;
         while begin > oldest && rows < last {
             begin -= 1;
             rows += u64::from(self.is_in(phase, begin));
         }
-        let counts = vec![0; facts.layers.len() * facts.num_experts as usize];
+        let counts = vec![0; self.facts.layers.len() * self.facts.num_experts as usize];
         Window { last, phase, begin, end: begin, rows: 0, counts }
     }
 
@@ -162,13 +168,13 @@ impl History {
 
     /// Add `amount` (modulo 2^64, so that u64::MAX takes one away) for each id of a row of the window's phase; gives
     /// how many rows that were, 0 or 1.
-    fn count_row(&self, facts: &Facts, window: &mut Window, row: u64, amount: u64) -> u64 {
+    fn count_row(&self, window: &mut Window, row: u64, amount: u64) -> u64 {
         if !self.is_in(window.phase, row) {
             return 0;
         }
         let at = (row % self.capacity) as usize * self.row_bytes;
         let counts = &mut window.counts;
-        each_cell(facts, &self.experts[at..at + self.row_bytes], |cell| {
+        each_cell(&self.facts, &self.experts[at..at + self.row_bytes], |cell| {
             counts[cell] = counts[cell].wrapping_add(amount)
         });
         1
@@ -220,7 +226,7 @@ mod tests {
                             expected[i / 2 * facts.num_experts as usize + id as usize] += 1;
                         }
                     }
-                    prop_assert_eq!(history.counts(&facts, asked, last), expected);
+                    prop_assert_eq!(history.counts(asked, last), expected);
                 }
             }
         }

@@ -1,5 +1,6 @@
 //! The arenas of a capture, read in turn; ranks that start later join.
 
+use super::stages::{Part, Stages};
 use crate::arena::open;
 use crate::captures::find;
 use crate::error::{Error, Result};
@@ -16,6 +17,8 @@ const LOOK_PERIOD: Duration = Duration::from_millis(500);
 /// One arena, and where it came from.
 pub(super) struct Source {
     pub reader: Reader<Mapped>,
+    /// What it has of the model.
+    pub part: Part,
     pub path: PathBuf,
     /// Rows dropped by the writer before we came.
     pub dropped_before: u64,
@@ -28,6 +31,7 @@ pub(super) struct Feed {
     directory: PathBuf,
     capture: String,
     mode: Mode,
+    stages: Stages,
     pub sources: Vec<Source>,
     /// Ranks that could not be read.
     refused: Vec<PathBuf>,
@@ -36,34 +40,31 @@ pub(super) struct Feed {
 
 impl Feed {
     pub fn open(directory: PathBuf, capture: &str, mode: Mode) -> Result<Self> {
+        let paths = find(&directory, capture)?;
+        let readers: Vec<_> = paths.iter().map(|path| open(path, mode)).collect::<Result<_>>()?;
+        let stages = Stages::of(capture, &readers.iter().map(Reader::facts).collect::<Vec<_>>())?;
         let (capture, looked) = (capture.to_owned(), Instant::now());
-        let mut feed = Self { directory, capture, mode, sources: Vec::new(), refused: Vec::new(), looked };
-        for path in find(&feed.directory, &feed.capture)? {
-            feed.add(path)?;
+        let mut feed = Self { directory, capture, mode, stages, sources: Vec::new(), refused: Vec::new(), looked };
+        for (path, reader) in paths.into_iter().zip(readers) {
+            feed.add(path, reader)?;
         }
         Ok(feed)
     }
 
-    /// What the first arena says of the model. All of them agree on it.
+    /// What the arenas say of the model: the first one of each stage for its layers, and all of them agree on the rest.
     pub fn facts(&self) -> &Facts {
-        self.sources[0].reader.facts()
+        &self.stages.whole
     }
 
-    fn add(&mut self, path: PathBuf) -> Result<()> {
-        let reader = open(&path, self.mode)?;
-        if let Some(first) = self.sources.first() {
-            let (ours, theirs) = (first.reader.facts(), reader.facts());
-            let shape = |facts: &Facts| (facts.layers.clone(), facts.num_experts, facts.top_k, facts.weights);
-            if shape(ours) != shape(theirs) {
-                return Err(Error::invalid(format!(
-                    "rank {} of capture '{}' has other routed layers, experts or top-k than rank {}; ranks with layers of \
-                     their own cannot be watched together",
-                    theirs.rank, self.capture, ours.rank
-                )));
-            }
-        }
+    /// What they say of each pipeline stage, in order.
+    pub fn facts_by_stage(&self) -> impl Iterator<Item = Facts> {
+        self.stages.facts()
+    }
+
+    fn add(&mut self, path: PathBuf, reader: Reader<Mapped>) -> Result<()> {
+        let part = self.stages.part(&self.capture, reader.facts())?;
         let dropped_before = reader.dropped_rows();
-        self.sources.push(Source { reader, path, dropped_before, over: false });
+        self.sources.push(Source { reader, part, path, dropped_before, over: false });
         Ok(())
     }
 
@@ -107,7 +108,7 @@ impl Feed {
             if self.sources.iter().any(|source| source.path == path) {
                 continue;
             }
-            if let Err(error) = self.add(path.clone())
+            if let Err(error) = open(&path, self.mode).and_then(|reader| self.add(path.clone(), reader))
                 && !self.refused.contains(&path)
             {
                 self.refused.push(path);

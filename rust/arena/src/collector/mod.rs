@@ -4,6 +4,7 @@ mod counts;
 mod feed;
 mod known;
 mod slots;
+mod stages;
 mod store;
 mod stream;
 mod wait;
@@ -20,9 +21,10 @@ use crate::layout::Facts;
 use crate::reader::{Mode, Record, Step};
 use crate::writer::{after, now_ns};
 use counts::{Counts, History};
-use feed::Feed;
+use feed::{Feed, Source};
 use known::Known;
 use slots::Slots;
+use stages::Part;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -97,7 +99,8 @@ struct Inner {
     facts: Facts,
     feed: Feed,
     counts: Counts,
-    history: History,
+    /// Of each pipeline stage.
+    histories: Vec<History>,
     store: Store,
     /// For each arena, its batch's requests.
     batches: Vec<Known<Resolved>>,
@@ -145,7 +148,10 @@ impl Collector {
         let facts = feed.facts().clone();
         let state = Inner {
             counts: Counts::new(&facts),
-            history: History::new(&facts, options.history)?,
+            histories: feed
+                .facts_by_stage()
+                .map(|facts| History::new(&facts, options.history))
+                .collect::<Result<_>>()?,
             store: Store::new(&facts, options.memory),
             facts: facts.clone(),
             feed,
@@ -213,14 +219,17 @@ impl Collector {
     /// [`Error::Invalid`] if `last` is 0 or exceeds the history.
     pub fn counts(&self, phase: Option<Phase>, last: Option<u64>) -> Result<Vec<u64>> {
         let mut state = self.lock();
-        let Inner { facts, counts, history, .. } = &mut *state;
+        let Inner { counts, histories, .. } = &mut *state;
+        let capacity = histories[0].capacity();
         match last {
             None => Ok(counts.of(phase)),
-            Some(last) if last > 0 && last <= history.capacity() => Ok(history.counts(facts, phase, last)),
+            Some(last) if last > 0 && last <= capacity => {
+                Ok(histories.iter_mut().flat_map(|history| history.counts(phase, last)).collect())
+            }
             Some(last) => Err(Error::invalid(format!(
                 "counts of the last {last} tokens, and this lens keeps the last {}; ask for 1 to that many, or attach with a \
                  larger history",
-                history.capacity()
+                capacity
             ))),
         }
     }
@@ -337,7 +346,7 @@ impl Inner {
         self.batches.resize_with(self.feed.sources.len(), Known::default);
         self.last_step.resize(self.feed.sources.len(), None);
         self.slots.resize_with(self.feed.sources.len(), Slots::default);
-        let reader = &mut self.feed.sources[arena].reader;
+        let Source { reader, part, .. } = &mut self.feed.sources[arena];
         let mut time_ns = 0;
         match reader.poll() {
             Ok(None) => {
@@ -345,7 +354,8 @@ impl Inner {
                 reader.release(reader.cursor());
                 return false;
             }
-            Ok(Some(Record::End(end))) => self.store.finish(arena, &end),
+            Ok(Some(Record::End(end))) if part.is_first() => self.store.finish(arena, &end),
+            Ok(Some(Record::End(_))) => {}
             Ok(Some(Record::Step(step))) => {
                 time_ns = step.time_ns;
                 let store = &mut self.store;
@@ -355,18 +365,19 @@ impl Inner {
                     key: store.key_of(arena, span),
                 };
                 let spans = self.batches[arena].spans(step.batch, resolve);
-                if self.last_step[arena] != Some(step.step) {
-                    self.last_step[arena] = Some(step.step);
-                    self.steps += 1;
-                }
-                self.unattributed +=
-                    apply(&self.facts, &step, spans, &mut self.counts, &mut self.history, &mut self.store);
+                let (counts, history) = (&mut self.counts, &mut self.histories[part.stage]);
+                let unattributed = apply(&self.facts, part, &step, spans, counts, history, &mut self.store);
                 let budget = self.store.slot_budget() / self.slots.len();
-                self.slots[arena].keep(&self.facts, &step, budget);
+                self.slots[arena].keep(&part.facts, &step, budget);
                 if step.kv_slots.is_some() {
                     self.store.reserve(self.slots.iter().map(Slots::bytes).sum());
                 }
-                tokens.fetch_add(step.rows as u64, Relaxed);
+                if part.is_first() {
+                    self.steps += u64::from(self.last_step[arena] != Some(step.step));
+                    self.last_step[arena] = Some(step.step);
+                    self.unattributed += unattributed;
+                    tokens.fetch_add(step.rows as u64, Relaxed);
+                }
             }
             Ok(Some(Record::Prefix(prefix))) => {
                 let slots = &mut self.slots[arena];
@@ -376,7 +387,7 @@ impl Inner {
                 for span in &prefix.spans {
                     let rows = span.first_row as usize..(span.first_row + span.rows) as usize;
                     if let Some(key) = self.store.key_of(arena, span) {
-                        self.store.add_prefix(&self.facts, key, slots, &prefix.kv_slots[rows]);
+                        self.store.add_prefix(&self.facts, part, key, slots, &prefix.kv_slots[rows]);
                     }
                 }
             }
@@ -452,20 +463,21 @@ impl Inner {
 /// phase.
 fn apply(
     facts: &Facts,
+    part: &Part,
     step: &Step<'_>,
     spans: &[Resolved],
     counts: &mut Counts,
     history: &mut History,
     store: &mut Store,
 ) -> u64 {
-    let row_bytes = facts.row_bytes();
+    let row_bytes = part.facts.row_bytes();
     let mut unattributed = 0;
     let mut count = |phase, rows: std::ops::Range<usize>| {
         if rows.is_empty() {
             return;
         }
         let experts = &step.experts[rows.start * row_bytes..rows.end * row_bytes];
-        counts.add(facts, phase, experts);
+        counts.add(part, phase, experts);
         history.add(phase, experts);
     };
     let mut next = 0;
@@ -474,7 +486,7 @@ fn apply(
         unattributed += span.rows.start - next;
         count(Some(span.phase), span.rows.clone());
         match span.key {
-            Some(key) => store.add(facts, key, step, span.rows.clone(), span.phase),
+            Some(key) => store.add(facts, part, key, step, span.rows.clone(), span.phase),
             None => unattributed += span.rows.len(),
         }
         next = span.rows.end;

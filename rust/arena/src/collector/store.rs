@@ -1,6 +1,7 @@
 //! Each request's rows, by position, within a memory budget.
 
 use super::slots::Slots;
+use super::stages::Part;
 use crate::batch::{End, Outcome, Phase, Span};
 use crate::layout::Facts;
 use crate::reader::Step;
@@ -56,6 +57,8 @@ pub struct RequestRows {
     pub steps: Vec<u64>,
     /// When it was published, in nanoseconds since the Unix epoch [n].
     pub times: Vec<i64>,
+    /// Of several pipeline stages, the bits of those whose part of the row is there [n]; empty if there is one.
+    stages: Vec<u32>,
 }
 
 /// Phase of a position whose row is missing.
@@ -79,8 +82,9 @@ impl RequestRows {
     /// Bytes of one row and all that is kept with it.
     pub(super) fn row_bytes(facts: &Facts) -> usize {
         let weights = if facts.weights { facts.ids_per_row() * 2 } else { 0 };
+        let stages = if facts.other_stages > 0 { 4 } else { 0 };
         // Token id, phase, step, time.
-        facts.row_bytes() + weights + 4 + 1 + 8 + 8
+        facts.row_bytes() + weights + stages + 4 + 1 + 8 + 8
     }
 
     pub(super) fn resize(&mut self, facts: &Facts, len: usize) {
@@ -90,6 +94,7 @@ impl RequestRows {
         self.phases.resize(len, MISSING);
         self.steps.resize(len, 0);
         self.times.resize(len, 0);
+        self.stages.resize(if facts.other_stages > 0 { len } else { 0 }, 0);
     }
 
     fn shrink(&mut self) {
@@ -99,6 +104,7 @@ impl RequestRows {
         self.phases.shrink_to_fit();
         self.steps.shrink_to_fit();
         self.times.shrink_to_fit();
+        self.stages.shrink_to_fit();
     }
 
     pub(super) fn bytes(&self) -> usize {
@@ -107,7 +113,18 @@ impl RequestRows {
             + self.token_ids.capacity() * 4
             + self.phases.capacity()
             + (self.steps.capacity() + self.times.capacity()) * 8
+            + self.stages.capacity() * 4
     }
+}
+
+/// One stage's part of a row, and what is kept with it.
+struct RowPart<'a> {
+    experts: &'a [u8],
+    weights: Option<&'a [u16]>,
+    token_id: u32,
+    phase: u8,
+    step: u64,
+    time_ns: i64,
 }
 
 struct Request {
@@ -132,13 +149,27 @@ impl Request {
     }
 
     /// Keep rows of consecutive positions.
-    fn keep(&mut self, facts: &Facts, step: &Step<'_>, run: Range<usize>, phase: Phase) {
-        let (row_bytes, row_ids) = (facts.row_bytes(), facts.ids_per_row());
+    fn keep(&mut self, facts: &Facts, part: &Part, step: &Step<'_>, run: Range<usize>, phase: Phase) {
+        let (row_bytes, row_ids) = (part.facts.row_bytes(), part.facts.ids_per_row());
         let first = step.positions[run.start] as usize;
         let to = first..first + run.len();
         let rows = &mut self.rows;
         if to.end > rows.len() {
             rows.resize(facts, to.end);
+        }
+        if !part.is_whole() {
+            for (position, row) in to.zip(run) {
+                let from = RowPart {
+                    experts: &step.experts[row * row_bytes..(row + 1) * row_bytes],
+                    weights: step.weights.map(|weights| &weights[row * row_ids..(row + 1) * row_ids]),
+                    token_id: step.token_ids.map_or(NO_TOKEN, |ids| ids[row]),
+                    phase: phase as u8,
+                    step: step.step,
+                    time_ns: step.time_ns as i64,
+                };
+                self.keep_part(facts, part, position, &from);
+            }
+            return;
         }
         self.present += rows.phases[to.clone()].iter().filter(|&&phase| phase == MISSING).count();
         let experts = &step.experts[run.start * row_bytes..run.end * row_bytes];
@@ -156,12 +187,54 @@ impl Request {
         rows.times[to].fill(step.time_ns as i64);
     }
 
-    /// Keep a row that stands at `at` in `from`, as one of the prompt.
-    fn keep_copy(&mut self, facts: &Facts, position: usize, from: &RequestRows, at: usize) {
+    /// Keep one stage's part of a row, as `facts` of the whole model have it.
+    ///
+    /// A row is there once all stages have given their part of the same forward: positions may be computed anew, by a
+    /// forward with a higher number, and each stage is read at its own pace.
+    fn keep_part(&mut self, facts: &Facts, part: &Part, position: usize, from: &RowPart<'_>) {
+        let rows = &mut self.rows;
+        if rows.stages[position] == 0 || from.step > rows.steps[position] {
+            self.present -= usize::from(rows.phases[position] != MISSING);
+            rows.phases[position] = MISSING;
+            rows.stages[position] = 0;
+        } else if from.step < rows.steps[position] {
+            return;
+        }
         let (row_bytes, row_ids) = (facts.row_bytes(), facts.ids_per_row());
+        let first_id = part.first_layer * facts.top_k as usize;
+        rows.experts[position * row_bytes + first_id * facts.id_bytes()..][..from.experts.len()]
+            .copy_from_slice(from.experts);
+        if let Some(weights) = from.weights {
+            rows.weights[position * row_ids + first_id..][..weights.len()].copy_from_slice(weights);
+        }
+        rows.token_ids[position] = from.token_id;
+        rows.steps[position] = from.step;
+        rows.times[position] = from.time_ns;
+        rows.stages[position] |= part.bit();
+        if rows.stages[position] == part.all() {
+            self.present += usize::from(rows.phases[position] == MISSING);
+            rows.phases[position] = from.phase;
+        }
+    }
+
+    /// Keep a row that stands at `at` in `from`, as one of the prompt.
+    fn keep_copy(&mut self, facts: &Facts, part: &Part, position: usize, from: &RequestRows, at: usize) {
+        let (row_bytes, row_ids) = (part.facts.row_bytes(), part.facts.ids_per_row());
         let rows = &mut self.rows;
         if position >= rows.len() {
             rows.resize(facts, position + 1);
+        }
+        if !part.is_whole() {
+            let weights = &from.weights[..];
+            let row = RowPart {
+                experts: &from.experts[at * row_bytes..(at + 1) * row_bytes],
+                weights: facts.weights.then(|| &weights[at * row_ids..(at + 1) * row_ids]),
+                token_id: from.token_ids[at],
+                phase: Phase::Prefill as u8,
+                step: from.steps[at],
+                time_ns: from.times[at],
+            };
+            return self.keep_part(facts, part, position, &row);
         }
         self.present += usize::from(rows.phases[position] == MISSING);
         rows.experts[position * row_bytes..(position + 1) * row_bytes]
@@ -264,8 +337,8 @@ impl Store {
         Some(key)
     }
 
-    /// Keep rows `range` of a step for a request.
-    pub fn add(&mut self, facts: &Facts, key: Key, step: &Step<'_>, range: Range<usize>, phase: Phase) {
+    /// Keep rows `range` of a step for a request. `facts`: of the whole model; `part`: what the step has of it.
+    pub fn add(&mut self, facts: &Facts, part: &Part, key: Key, step: &Step<'_>, range: Range<usize>, phase: Phase) {
         let Some(request) = self.requests.get_mut(key) else {
             self.unkept_rows += range.len() as u64;
             return;
@@ -283,7 +356,7 @@ impl Store {
             if (first + run.len()).saturating_mul(2 * self.row_bytes) > self.budget {
                 self.unkept_rows += run.len() as u64;
             } else if !run.is_empty() {
-                request.keep(facts, step, run, phase);
+                request.keep(facts, part, step, run, phase);
             }
         }
         self.bytes = self.bytes + request.rows.bytes() - before;
@@ -291,7 +364,7 @@ impl Store {
     }
 
     /// Keep the rows that stand in these slots, as a request's first ones; unknown ones stay missing.
-    pub fn add_prefix(&mut self, facts: &Facts, key: Key, slots: &Slots, kv_slots: &[u32]) {
+    pub fn add_prefix(&mut self, facts: &Facts, part: &Part, key: Key, slots: &Slots, kv_slots: &[u32]) {
         let Some(request) = self.requests.get_mut(key) else {
             self.unkept_rows += kv_slots.len() as u64;
             return;
@@ -304,7 +377,7 @@ impl Store {
         let counting = request.num_positions.unwrap_or(usize::MAX);
         for (position, &slot) in kv_slots.iter().enumerate().take(counting) {
             if let Some(at) = slots.find(slot) {
-                request.keep_copy(facts, position, slots.rows(), at);
+                request.keep_copy(facts, part, position, slots.rows(), at);
             }
         }
         self.bytes = self.bytes + request.rows.bytes() - before;
@@ -369,6 +442,12 @@ impl Store {
         }
         let mut rows = request.rows.clone();
         rows.resize(facts, request.tokens());
+        if facts.other_stages > 0 {
+            let row_bytes = facts.row_bytes();
+            for position in (0..rows.len()).filter(|&at| rows.phases[at] == MISSING && rows.stages[at] != 0) {
+                rows.experts[position * row_bytes..][..row_bytes].fill(0); // of some stages alone
+            }
+        }
         Some(rows)
     }
 
@@ -413,5 +492,6 @@ impl RequestRows {
         self.phases.truncate(len);
         self.steps.truncate(len);
         self.times.truncate(len);
+        self.stages.truncate(len);
     }
 }

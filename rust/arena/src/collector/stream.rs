@@ -6,7 +6,7 @@ use super::slots::Slots;
 use super::store::NO_TOKEN;
 use super::wait::{Pace, Waiter};
 use crate::batch::{End, Phase, Span};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layout::Facts;
 use crate::reader::{Mode, Record, Step};
 use crate::writer::after;
@@ -111,6 +111,13 @@ impl RowStream {
     /// As [`super::Collector::open`].
     pub fn open(directory: PathBuf, capture: &str, resume: &[(ArenaId, u64)]) -> Result<Self> {
         let mut feed = Feed::open(directory, capture, Mode::Lossless)?;
+        if feed.facts().other_stages > 0 {
+            return Err(Error::invalid(format!(
+                "capture '{capture}' has {} pipeline stages, whose rows are not joined while they are recorded yet; attach to \
+                 it, and export what the lens keeps",
+                feed.facts().other_stages + 1
+            )));
+        }
         let mut skipped = 0;
         for source in &mut feed.sources {
             if let Some((_, last)) = resume.iter().find(|(arena, _)| *arena == arena_id(&source.reader)) {

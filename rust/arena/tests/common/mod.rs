@@ -21,7 +21,7 @@ pub fn facts(num_experts: u32, weights: bool) -> Facts {
     let name = |name: &str| name.to_owned();
     let (engine, engine_version, model) = (name("test"), name("1.0"), name("tiny"));
     let (layers, kv_slots) = (vec![1, 2, 5], KV_SLOTS);
-    Facts { layers, num_experts, top_k: 2, weights, kv_slots, rank: 0, engine, engine_version, model }
+    Facts { layers, num_experts, top_k: 2, weights, kv_slots, rank: 0, other_stages: 0, engine, engine_version, model }
 }
 
 pub fn publisher(directory: &Path, bytes: usize, facts: &Facts, on_full: OnFull) -> Publisher {
