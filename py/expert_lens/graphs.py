@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from expert_lens._core import MAILBOX_ENTRIES, exchange_capture_mode
+from expert_lens._core import MAILBOX_ENTRIES, Writer, exchange_capture_mode
 from expert_lens.errors import UnsupportedModelError
 from expert_lens.tap import U32, Rows, Step, Tap
 
@@ -210,7 +210,7 @@ class _ByKernels(GraphStep):
         mailbox.pass_over()
         self._rows: ReplayRows | None = None
         """Of the last replay, and what posts for them."""
-        self._post: Callable[[], Any] = _nothing
+        self._post: Callable[[Writer], Any] = _nothing
         super().__init__(tap, inputs.num_rows)
 
     def record(self, begun: torch.cuda.Event | None) -> None:
@@ -229,7 +229,6 @@ class _ByKernels(GraphStep):
     def replay(self, launch: Callable[[], Any], rows: ReplayRows | None) -> None:
         tap = self._tap()
         if tap is None:
-            self._rows, self._post = None, _nothing
             self._mailbox.pass_over()
             launch()
             return
@@ -245,9 +244,9 @@ class _ByKernels(GraphStep):
             return
         self._rows = rows
         self._post = partial(
-            tap.writer.publish_graph,
-            self._mailbox,
-            rows.num_rows,
+            Writer.publish_graph,
+            mailbox=self._mailbox,
+            num_rows=rows.num_rows,
             token_ids=columns.token_ids is not None,
             positions=rows.positions if columns.positions is None else None,
             kv_slots=columns.kv_slots is not None,
@@ -321,7 +320,7 @@ def _publish(tap: Tap, inputs: _Inputs, mailbox: Mailbox) -> None:
     )
 
 
-def _nothing() -> None:
+def _nothing(_: Writer) -> None:
     """Posts nothing."""
 
 

@@ -346,9 +346,9 @@ class Tap:
             self.lose(len(experts))
 
     def launch(
-        self, mailbox: Mailbox, replay: Callable[[], Any], rows: ReplayRows | None, post: Callable[[], Any]
+        self, mailbox: Mailbox, replay: Callable[[], Any], rows: ReplayRows | None, post: Callable[[Writer], Any]
     ) -> None:
-        """Launch a replay of a CUDA graph, and publish the rows it writes, which `post()` does by the mailbox.
+        """Launch a replay of a CUDA graph, and publish the rows it writes, which `post(writer)` does by the mailbox.
 
         `rows` None: it has none. Posting and launching go together: nobody else publishes between them. They cannot be
         left to another thread, as `publish` can: if one is just publishing, the rows are lost and counted. What
@@ -367,7 +367,7 @@ class Tap:
                         if rows.spans is not self._batch or self.lost_tokens:
                             self.set_batch(rows.spans)
                         self._next = None
-                        post()
+                        post(self.writer)
                     except Exception as error:
                         self.fail(error)
                 else:

@@ -15,12 +15,13 @@ import torch
 from expert_lens._core import Collector, Writer
 from expert_lens.engines.sglang.capturer import Capturer
 from expert_lens.engines.sglang.layout import Layout
+from expert_lens.engines.sglang.scheduler import _follow_forwards
 from expert_lens.errors import EngineHookError, SilentTapError
 from expert_lens.tap import Rows, Tap
 
 LAYERS, EXPERTS, TOP_K = [1, 2, 5], 256, 2
 FACTS: dict[str, Any] = {"layers": LAYERS, "num_experts": EXPERTS, "top_k": TOP_K}
-ONE = Layout(1, 1, 0, 1, 0, 1, 0)
+ONE = Layout(1, 0, 1, 0, 1, 0, 1, 0)
 
 
 class HostTap(Tap):
@@ -185,7 +186,95 @@ def test_a_rank_that_is_idle_in_a_decode_graph_forgets_no_slots(engine: Engine) 
 
 class Req(SimpleNamespace):
     def __init__(self, rid: str, prompt: int) -> None:
-        super().__init__(rid=rid, origin_input_ids=[0] * prompt)
+        super().__init__(
+            rid=rid,
+            origin_input_ids=[0] * prompt,
+            output_ids=[1, 2],
+            output_ids_through_stop=[1, 2],
+            finished_reason=object(),
+        )
+
+
+class Recorded:
+    """Stands in for what was recorded in a decode graph: notes whose rows each replay has."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.launches = 0
+
+    def replay(self, launch: Any, rows: Any) -> None:
+        self.rows = rows
+        launch()
+
+    def launch(self) -> None:
+        self.launches += 1
+
+    def step(self, rids: list[str], **more: Any) -> Any:
+        """The spans of a replay's rows by number, id and row; None if it has none."""
+        n = len(rids)
+        batch = self.engine.batch("DECODE", rids, [4] * n, [1] * n, **more)
+        self.engine.capturer.begin(batch)
+        self.engine.capturer._replay(self, self.launch)  # type: ignore[arg-type]
+        self.engine.capturer.on_forward_end(batch, can_run_graph=True, cuda_graph_batch=n)
+        return None if self.rows is None else [span[:3] for span in self.rows.spans]
+
+
+def test_a_replay_has_the_rows_of_its_own_batch(engine: Engine) -> None:
+    recorded, requests = Recorded(engine), engine.capturer.requests
+    first, second = Req("a", 3), Req("b", 3)
+    requests.admit([first, second])
+    both = recorded.step(["a", "b"])
+    numbers = [number for number, _, _ in both]
+    assert both == [(numbers[0], "a", 0), (numbers[1], "b", 1)]
+    known = recorded.rows
+    assert recorded.step(["a", "b"]) == both
+    assert recorded.rows is known  # nothing was made anew
+    assert recorded.step(["b", "a"]) == [(numbers[1], "b", 0), (numbers[0], "a", 1)]
+    assert recorded.step(["b"]) == [(numbers[1], "b", 0)]
+    assert recorded.step(["b"], batch_size=3) is None  # a beam search: one name for three sequences
+    assert recorded.step(["b"]) == [(numbers[1], "b", 0)]
+    requests.release(second)
+    again = Req("b", 3)
+    requests.admit([again])
+    requests.release(second)  # its end is told late: it is not the new one's
+    [(number, name, _)] = recorded.step(["b"])
+    assert (number not in numbers, name) == (True, "b#2")
+    drafted = engine.batch("TARGET_VERIFY", ["b"], [4], [2], spec_info=SimpleNamespace(draft_token_num=2))
+    engine.forward(drafted, engine.experts(2))
+    engine.capturer.accept(torch.tensor([[0, 1]], dtype=torch.int32))
+    assert recorded.step(["b"]) == [(number, "b#2", 0)]
+    assert recorded.step([], batch_size=0) is None
+    assert recorded.launches == 9
+    assert engine.tap.error is None
+    engine.tap.close()
+    recorded.step(["a"])
+    assert recorded.launches == 10
+
+
+def test_a_forward_that_raised_leaves_nothing_to_the_next(engine: Engine) -> None:
+    engine.capturer.begin(engine.batch("EXTEND", ["a"], [0], [2]))
+    engine.hand_over(engine.experts(2), LAYERS)  # and then it raises: no end is told
+    with pytest.warns(RuntimeWarning, match="handed over no experts"):
+        engine.forward(engine.batch("EXTEND", ["b"], [0], [2]), None)
+    assert engine.rows("b") is None
+
+
+def test_the_runners_forwards_begin_with_the_capturer(engine: Engine) -> None:
+    runner = SimpleNamespace(forward=lambda batch, scale, *, offset: (batch, scale, offset))
+    seen: list[Any] = []
+    engine.capturer.begin = seen.append  # type: ignore[method-assign]
+    _follow_forwards(runner, engine.capturer)
+    assert runner.forward("batch", 2, offset=3) == ("batch", 2, 3)
+    runner.forward = lambda forward_batch: forward_batch
+    _follow_forwards(runner, engine.capturer)
+    assert runner.forward(forward_batch="other") == "other"
+    assert seen == ["batch", "other"]
+
+
+def test_an_engine_that_is_not_as_known_ends_the_capture_alone(engine: Engine) -> None:
+    with pytest.warns(RuntimeWarning, match="extend_prefix_lens_cpu"):
+        engine.capturer.begin(SimpleNamespace())
+    assert engine.capturer.on_forward_end(None, can_run_graph=True, cuda_graph_batch=1) == "as it was"
 
 
 def test_what_a_graph_leaves_is_published_once(engine: Engine, capturing: SimpleNamespace) -> None:
@@ -268,7 +357,7 @@ def test_sequences_without_names_count_as_dropped(engine: Engine) -> None:
 
 @pytest.mark.usefixtures("capturing")
 def test_data_parallel_ranks_have_their_own_rows() -> None:
-    engine = Engine(Layout(1, 1, 0, 3, 1, 1, 0))
+    engine = Engine(Layout(1, 0, 1, 0, 3, 1, 1, 0))
     experts = engine.experts(9)
     engine.forward(engine.batch("EXTEND", ["a"], [0], [2], global_num_tokens_cpu=[4, 2, 3]), experts)
     np.testing.assert_array_equal(engine.rows("a")["experts"], experts[4:6].numpy())

@@ -5,12 +5,14 @@ import sys
 import threading
 import types
 import warnings
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from expert_lens import graphs
 from expert_lens.errors import UnsupportedModelError
 from expert_lens.graphs import ReplayRows
 from expert_lens.tap import MAX_WAITING_JOBS, MAX_WAITING_STEPS, Rows, Step, Tap
@@ -291,7 +293,7 @@ class NotingMailbox:
         self.calls = calls
         self.replays = 0
 
-    def post(self) -> None:
+    def post(self, _: Any) -> None:
         self.replays += 1
         self.calls.append(("post",))
 
@@ -345,8 +347,8 @@ def test_replays_of_a_batch_that_goes_on_state_it_once(launching: tuple[Any, Not
 def test_a_replay_that_fails_takes_its_post_back(launching: tuple[Any, NotingWriter, Any], where: str) -> None:
     tap, writer, mailbox = launching
 
-    def post() -> None:
-        mailbox.post()
+    def post(writer: Any) -> None:
+        mailbox.post(writer)
         if where == "posting":
             raise KeyboardInterrupt
 
@@ -383,3 +385,38 @@ def test_rows_that_are_lost_while_very_much_waits_are_told_with_the_next_step() 
     tap.publish(*tap.pack(held(tap, FIRST, SECOND), 3), rows(3))
     assert writer.names[MAX_WAITING_JOBS:] == ["drop", "set_batch", "publish"]
     assert tap.lost_tokens == 0
+
+
+def test_what_posts_for_a_batch_is_made_ready_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' part of a graph, without a device."""
+    tap, writer = make_tap()
+    posted: list[dict[str, Any]] = []
+    mailbox = NotingMailbox(writer.calls)
+
+    class Posting:
+        def publish_graph(self, **what: Any) -> None:
+            assert what.pop("mailbox") is mailbox
+            posted.append(what)
+            mailbox.replays += 1
+
+    monkeypatch.setattr(graphs, "Writer", Posting)
+    step = object.__new__(graphs._ByKernels)
+    step.max_rows, step._tap, step._mailbox = 4, weakref.ref(tap), mailbox  # type: ignore[assignment]
+    step._columns, step._rows, step._post = graphs._Columns(torch.zeros(4), None, None), None, graphs._nothing
+    positions = np.arange(4, dtype=np.uint32)
+    fewer = ReplayRows([(1, "a", 0, 2, 0, "decode")], 2, positions[:2])
+    for rows in (FOUR_ROWS, FOUR_ROWS, None, fewer, FOUR_ROWS):
+        step.replay(lambda: writer.calls.append(("launch",)), rows)
+    assert [(what["num_rows"], what["positions"] is None) for what in posted] == [(4, True)] * 2 + [
+        (2, False),
+        (4, True),
+    ]
+    assert all((what["token_ids"], what["kv_slots"]) == (True, False) for what in posted)
+    assert mailbox.replays == 5
+    assert writer.names == ["set_batch", *["launch"] * 2, "pass over", "launch", *["set_batch", "launch"] * 2]
+    with pytest.warns(RuntimeWarning, match="a replay of 5 rows, of a graph captured with 4"):
+        step.replay(lambda: None, ReplayRows(FOUR_ROWS.spans, 5))
+    assert not tap.active
+    del tap
+    step.replay(lambda: None, FOUR_ROWS)
+    assert mailbox.replays == 7

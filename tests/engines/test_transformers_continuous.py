@@ -1,6 +1,7 @@
 """Continuous batching: `generate_batch`."""
 
 import copy
+import types
 import warnings
 from typing import Any
 
@@ -8,7 +9,11 @@ import numpy as np
 import pytest
 
 from batches import Batches, check_batches, generate_batch, small_batches
+from expert_lens._core import Writer
+from expert_lens.engines.names import RequestNames
+from expert_lens.engines.transformers.continuous import ContinuousBatches, _Manager
 from expert_lens.errors import EngineHookError
+from expert_lens.tap import Tap
 from oracle import Oracle, replayed
 from support import Attach
 from tiny_models import FAMILIES
@@ -146,3 +151,47 @@ def test_a_batching_manager_made_before_attaching_is_not_guessed_at(attach: Atta
     assert len(result.generated_tokens) == 3
     assert isinstance(capture.tap.error, EngineHookError)
     assert capture.stats()["tokens"] == 0
+
+
+class Future:
+    """A request's part of a batch, as transformers has it."""
+
+    def __init__(self, state: Any, query_length: int = 1) -> None:
+        self.state, self.query_length = state, query_length
+
+
+def test_a_graphs_replay_has_the_rows_of_its_own_batch() -> None:
+    """What is asked of a batch before its graph is replayed, without a GPU."""
+    facts: dict[str, Any] = {"layers": [0], "num_experts": 4, "top_k": 1}
+    tap = Tap(Writer("replays", **facts), **facts)
+    batches = ContinuousBatches(tap, RequestNames(), lambda *_: None)
+    states = [types.SimpleNamespace(request_id=f"r{i}", position_offset=5, _true_initial_tokens=4) for i in range(3)]
+    io = types.SimpleNamespace(requests_in_batch=[], total_seqlen_q=0)
+    scheduler = types.SimpleNamespace(active_requests={state.request_id: state for state in states})
+    processor: Any = types.SimpleNamespace(scheduler=scheduler, inputs_and_outputs=io)
+    known = _Manager(tap, None)  # anything that can be weakly referenced
+
+    def rows(*parts: tuple[Any, int]) -> Any:
+        io.requests_in_batch = [Future(state, length) for state, length in parts]
+        io.total_seqlen_q = sum(length for _, length in parts)
+        return batches._rows_of_replay(known, processor)
+
+    def shape(found: Any) -> Any:
+        return [(span[1], span[2], span[3], span[5]) for span in found.spans], found.num_rows
+
+    first = rows((states[0], 1), (states[1], 1))
+    assert shape(first) == ([("r0", 0, 1, "decode"), ("r1", 1, 1, "decode")], 2)
+    for state in states[:2]:
+        state.position_offset += 1
+    assert rows((states[0], 1), (states[1], 1)) is first
+    assert first.positions is None  # the graph reads them
+    for state in states[:2]:
+        state.position_offset += 2
+    prompt = rows((states[0], 1), (states[1], 2))
+    assert shape(prompt) == ([("r0", 0, 1, "decode"), ("r1", 1, 2, "decode")], 3)
+    other = rows((states[1], 1), (states[0], 1))
+    assert shape(other) == ([("r1", 0, 1, "decode"), ("r0", 1, 1, "decode")], 2)
+    assert shape(rows((states[1], 1), (states[2], 1)))[0][1][0] == "r2"
+    stranger = types.SimpleNamespace(request_id="r0", position_offset=5, _true_initial_tokens=4)  # a warm-up's
+    assert rows((stranger, 1)) is None
+    tap.close()

@@ -155,8 +155,11 @@ class Waves:
 
 
 def compare(lens: Any, native: dict[str, Any]) -> dict[str, int]:
-    """How many ids were compared and are different, and how many positions the lens lacks."""
-    found = {"requests": len(native), "ids": 0, "different": 0, "missing": 0, "wrong_length": 0}
+    """How many ids were compared and are different, and how many positions the lens lacks.
+
+    Of several pipeline stages, SGLang gives the layers of one, and zeros for the others: `layers` that it gives.
+    """
+    found = {"requests": len(native), "layers": 0, "ids": 0, "different": 0, "missing": 0, "wrong_length": 0}
     for request, rows in native.items():
         try:
             ours = lens.routed_experts(request)
@@ -168,9 +171,11 @@ def compare(lens: Any, native: dict[str, Any]) -> dict[str, int]:
         if len(ours) != len(rows):
             found["wrong_length"] += 1
             continue
+        given = rows.any(axis=(0, 2))
+        found["layers"] = max(found["layers"], int(given.sum()))
         found["missing"] += int((~there).sum())
-        found["ids"] += rows[there].size
-        found["different"] += int((ours[there] != rows[there]).sum())
+        found["ids"] += rows[there][:, given].size
+        found["different"] += int((ours[there] != rows[there])[:, given].sum())
     return found
 
 
@@ -178,7 +183,8 @@ def altered(lens: Any, native: dict[str, Any]) -> int:
     """How many ids are different when one of SGLang's is altered: the control of `compare`."""
     request = next(iter(native))
     rows = native[request].copy()
-    rows[len(rows) // 2, 0, 0] += 1
+    layer = rows.any(axis=(0, 2)).argmax()
+    rows[len(rows) // 2, layer, 0] += 1
     return compare(lens, {request: rows})["different"]
 
 
@@ -344,7 +350,6 @@ def server(options: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-m", "sglang.launch_server", "--port", str(port)]
     for key, value in arguments.items():
         command += [f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    process = subprocess.Popen(command, env={**os.environ, "EXPERT_LENS_ENABLE": "1"})
 
     def ask(path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -354,15 +359,6 @@ def server(options: dict[str, Any]) -> dict[str, Any]:
         ) as reply:
             text = reply.read()
         return json.loads(text) if text else None
-
-    while process.poll() is None:
-        try:
-            ask("/health_generate")
-            break
-        except OSError:
-            time.sleep(0.5)
-    lens = expert_lens.attach(f"sglang-{process.pid}")
-    rng = np.random.default_rng(7)
 
     def request(number: int) -> tuple[str, Any]:
         rid = f"asked-{number}"
@@ -374,11 +370,22 @@ def server(options: dict[str, Any]) -> dict[str, Any]:
         assert (meta["id"], len(rows)) == (rid, len(prompt) + meta["completion_tokens"] - 1)
         return rid, rows
 
-    with ThreadPoolExecutor(8) as pool:
-        native = dict(pool.map(request, rng.permutation(40)))
-    ask("/health_generate")
-    process.kill()
-    process.wait()
+    process = subprocess.Popen(command, env={**os.environ, "EXPERT_LENS_ENABLE": "1"})
+    try:
+        deadline = time.monotonic() + 240
+        while process.poll() is None and time.monotonic() < deadline:
+            try:
+                ask("/health_generate")
+                break
+            except OSError:  # not there yet, or still starting
+                time.sleep(0.5)
+        lens = expert_lens.attach(f"sglang-{process.pid}")
+        with ThreadPoolExecutor(8) as pool:
+            native = dict(pool.map(request, np.random.default_rng(7).permutation(40).tolist()))
+        ask("/health_generate")
+    finally:
+        process.kill()
+        process.wait()
     states = lens._collector.requests()
     found = {**compare(lens, native), **told(lens), "states": sorted(set(states["state"]))}
     found["of nobody"] = [name for name in states["request"] if "HEALTH" in name]

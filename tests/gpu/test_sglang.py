@@ -58,6 +58,7 @@ def test_rows_are_those_of_sglangs_own_capture(way: str) -> None:
     found, _ = run("check", dict(WAYS[way]))
     assert (found["requests"], found["different"], found["missing"], found["wrong_length"]) == (159, 0, 0, 0)
     assert found["ids"] > 5_000_000
+    assert found["layers"] == WAYS[way].get("model_num_hidden_layers", 48)
     assert found["dropped_tokens"] == 0
     assert found["control"] == 1
     assert found["states"] == ["finished"]
@@ -147,6 +148,7 @@ RANKS: dict[str, dict[str, Any]] = {
         "chunked_prefill_size": 256,
     },
     "data-parallel engines": {"dp_size": 2},
+    "pipeline stages": {"pp_size": 2},
 }
 
 
@@ -155,9 +157,10 @@ RANKS: dict[str, dict[str, Any]] = {
 def test_rows_of_several_gpus_are_those_of_sglangs_own_capture(way: str) -> None:
     found, log = run("check", dict(RANKS[way]))
     assert (found["requests"], found["different"], found["missing"], found["wrong_length"]) == (159, 0, 0, 0)
-    assert found["ids"] > 5_000_000
+    stages = RANKS[way].get("pp_size", 1)
+    assert (found["ids"] > 5_000_000, found["layers"]) == (True, 48 // stages)
     assert (found["dropped_tokens"], found["control"]) == (0, 1)
-    assert log.count("expert_lens publishes as capture") == found["arenas"] == RANKS[way].get("dp_size", 1)
+    assert log.count("expert_lens publishes as capture") == found["arenas"] == RANKS[way].get("dp_size", 1) * stages
 
 
 def test_an_engine_that_was_not_enabled() -> None:

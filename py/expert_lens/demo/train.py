@@ -263,6 +263,8 @@ def save(model: Qwen3MoeForCausalLM, out: Path) -> None:
     copy = Qwen3MoeForCausalLM(config)
     copy.load_state_dict(model.state_dict())
     copy.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD, do_sample=False)
+    for old in out.glob("model*.safetensors*"):
+        old.unlink()
     copy.to(torch.bfloat16).save_pretrained(out)
     build_tokenizer().save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)

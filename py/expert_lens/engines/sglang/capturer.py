@@ -101,7 +101,8 @@ class Capturer:
         """The target model's forward is enqueued: publish its rows, if it was no decode graph, which does by itself."""
         batch, self._batch = self._batch, None
         if not self._published and batch is not None:
-            step = self.tap.end()
+            step = self.tap.end() if self._begun else None
+            self._begun = False
             if self.tap.active:
                 self.tap.guard(self._publish, batch, step)
         if self.native is None:
@@ -133,10 +134,15 @@ class Capturer:
 
     def begin(self, batch: Any) -> None:
         """The target model's forward over this batch begins."""
+        if self._begun:  # a forward before it has raised
+            self.tap.end()
         self._batch = batch
         self._begun = self._published = False
-        if batch.extend_prefix_lens_cpu is not None or self._drafted is not None:
-            self.tap.guard(self._begin_prompts, batch)
+        try:
+            if batch.extend_prefix_lens_cpu is not None or self._drafted is not None:
+                self._begin_prompts(batch)
+        except Exception as error:
+            self.tap.fail(error)
 
     def _begin_prompts(self, batch: Any) -> None:
         if self._drafted is not None:  # nobody has judged them

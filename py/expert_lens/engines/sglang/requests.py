@@ -114,7 +114,7 @@ class Requests:
     def release(self, req: Any) -> None:
         """A request gave its KV slots back: it has ended, or was retracted and will begin again."""
         request = self._live.get(req.rid)
-        if request is None:
+        if request is None or (request.req is not None and request.req() is not req):
             return
         reason = req.finished_reason or getattr(req, "to_finish", None)
         if reason is None:

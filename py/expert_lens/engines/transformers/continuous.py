@@ -2,7 +2,8 @@
 
 A forward gets one row [1, T] of many requests' tokens, one after another, and padding behind them. Which, is read from
 the engine's own list of the batch (`inputs_and_outputs.requests_in_batch`), positions from its states. With CUDA graphs
-the engine keeps a graph for each shape of a batch: captured with our publishing in it, and replayed through it.
+the engine keeps a graph for each shape of a batch: captured with our publishing in it, which reads positions where the
+engine puts them, and replayed through it.
 """
 
 from __future__ import annotations
