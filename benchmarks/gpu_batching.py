@@ -9,6 +9,7 @@ Prefill: one forward of 8192 tokens, with and without the lens, from events, in 
 
 import json
 import logging
+import os
 import random
 import statistics
 import time
@@ -25,6 +26,7 @@ from expert_lens._core import Collector
 from expert_lens.engines import transformers as engine
 
 LAYERS, TOP_K = 12, 8
+NAME = f"bench-{os.getpid()}"
 REQUESTS, PROMPT, OUTPUT, ROUNDS = 64, 64, 128, 4
 PREFILL, PREFILL_ROUNDS = 8192, 20
 GRAPHS = {"use_cuda_graph": True, "use_async_batching": True}
@@ -89,9 +91,9 @@ def time_ours(tap: Any) -> None:
 @contextmanager
 def lens(model: Any) -> Iterator[None]:
     """Every row published by the GPU, collected, counted and kept by request."""
-    tap = engine.attach(model, "bench")
+    tap = engine.attach(model, NAME)
     time_ours(tap)
-    collector = Collector("bench")
+    collector = Collector(NAME)
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ throughput relative to the mean of the round's two runs without anything.
 """
 
 import json
+import os
 import random
 import statistics
 import time
@@ -19,6 +20,7 @@ from expert_lens._core import Collector
 from expert_lens.engines import transformers as engine
 
 TOKENS, ROUNDS = 32, 9
+NAME = f"bench-{os.getpid()}"
 
 
 def make_model() -> Any:
@@ -47,8 +49,8 @@ def nothing(_: Any) -> Iterator[None]:
 @contextmanager
 def lens(model: Any) -> Iterator[None]:
     """Every row published by the GPU, collected, counted and kept by request."""
-    tap = engine.attach(model, "bench")
-    collector = Collector("bench", prompt=False)
+    tap = engine.attach(model, NAME)
+    collector = Collector(NAME, prompt=False)
     try:
         yield
     finally:
