@@ -267,6 +267,9 @@ impl<M: Memory> Reader<M> {
         self.memory.store(reader_entry(self.entry) + entry::CURSOR, index, Release);
         if index == self.cursor {
             self.released = self.position;
+        } else if index > self.needed {
+            let at = self.header.geometry.descriptor(index);
+            self.released = self.memory.load(at + descriptor::POSITION, Relaxed).clamp(self.released, self.position);
         }
         self.needed = index;
     }

@@ -3,11 +3,12 @@
 mod common;
 
 use common::{folder, mix};
-use expert_lens_arena::collector::{Collector, MISSING, Options, Pace, RowStream};
-use expert_lens_arena::{Facts, Mode, OnFull, Phase, Prefix, Publisher, Rows, Source, Span};
+use expert_lens_arena::collector::{ArenaId, Collector, MISSING, Options, Pace, RowStream};
+use expert_lens_arena::{End, Facts, Mode, OnFull, Outcome, Phase, Prefix, Publisher, Rows, Source, Span};
 use proptest::prelude::*;
 use std::collections::{HashMap, VecDeque};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 const LAYERS: [&[u16]; 3] = [&[1, 2], &[3], &[5, 6, 7]];
@@ -46,8 +47,10 @@ enum Action {
     Prefix(u32, u32),
     /// A stage publishes what the engine has done.
     Advance(usize),
-    /// The reader reads on.
+    /// The reader reads on, and what the recorder has is durable.
     Read,
+    /// The recorder is killed, and another one goes on.
+    Kill,
 }
 
 fn action() -> impl Strategy<Value = Action> {
@@ -58,7 +61,51 @@ fn action() -> impl Strategy<Value = Action> {
         1 => (0..REQUESTS, 1..8u32).prop_map(|(request, rows)| Action::Prefix(request, rows)),
         6 => (0..3usize).prop_map(Action::Advance),
         2 => Just(Action::Read),
+        1 => Just(Action::Kill),
     ]
+}
+
+/// A recorder: what is durable, and where its successor goes on.
+struct Recorder {
+    directory: PathBuf,
+    num_experts: u32,
+    stream: RowStream,
+    durable: HashMap<ArenaId, u64>,
+    /// Request, position, forward (steps begin at 0, forwards here at 1), and experts.
+    rows: Vec<(String, u32, u64, Vec<u16>)>,
+    ends: usize,
+}
+
+impl Recorder {
+    fn new(directory: &Path, num_experts: u32) -> Self {
+        let stream = RowStream::open(directory.into(), "staged", &[]).unwrap();
+        let (directory, durable, rows) = (directory.to_owned(), HashMap::new(), vec![]);
+        Self { directory, num_experts, stream, durable, rows, ends: 0 }
+    }
+
+    fn write(&mut self) {
+        let block = self.stream.take(usize::MAX, Duration::ZERO).unwrap();
+        let experts = ids(self.num_experts, &block.experts);
+        for row in 0..block.len() {
+            let request = block.ids[block.requests[row] as usize].clone();
+            self.rows.push((request, block.positions[row], block.steps[row] + 1, experts[row * 12..][..12].to_vec()));
+        }
+        self.ends += block.ends.len();
+        for range in block.ranges {
+            let before = self.durable.insert(range.arena, range.last);
+            assert!(
+                before.is_none_or(|last| last < range.first && range.first <= range.last),
+                "a record twice, or none"
+            );
+        }
+        self.stream.release();
+    }
+
+    fn kill(&mut self) {
+        let resume: Vec<_> = self.durable.iter().map(|(arena, last)| (*arena, *last)).collect();
+        self.stream = RowStream::open(self.directory.clone(), "staged", &resume).unwrap();
+        assert_eq!(self.stream.skipped_records(), 0);
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -111,12 +158,16 @@ proptest! {
         let mut publishers = publishers(folder.path(), num_experts, weights, &[2, 0, 1]);
         publishers.sort_by_key(|publisher| publisher.facts().rank);
         let collector = open(folder.path()).unwrap();
+        let mut recorder = Recorder::new(folder.path(), num_experts);
+        let mut whole: Vec<(String, u32, u64, Vec<u16>)> = Vec::new();
         prop_assert_eq!(&collector.facts().layers, &LAYERS.concat());
         let mut jobs: [VecDeque<Job>; 3] = Default::default();
         // By request and position: the newest forward over it, and whether a stage has dropped that.
         let mut newest: HashMap<(String, u32), (u32, u32, u64, bool)> = HashMap::new();
         // By stage: the forward and place whose row stands in a KV slot, if all is known.
         let mut slots: [HashMap<u32, (u32, u32, u64)>; 3] = Default::default();
+        // Behind one, a stage may not know what stands in the cache.
+        let mut gaps = false;
         let (mut forwards, mut beginnings, mut counted) = (0, 0, [vec![0u64; 16], vec![0; 400]].concat());
         counted.clear();
         counted.resize(6 * num_experts as usize, 0);
@@ -139,6 +190,14 @@ proptest! {
                                 newest.insert((name.clone(), position), (request, position, forwards, dropped));
                             }
                         }
+                    }
+                    if drops == [false; 3] {
+                        whole.extend(places.iter().map(|&(request, position)| {
+                            let chosen = row(num_experts, request, position, forwards);
+                            (format!("r{request}"), position, forwards, chosen)
+                        }));
+                    } else {
+                        gaps = true;
                     }
                     for stage in 0..3 {
                         if drops[stage] {
@@ -186,7 +245,12 @@ proptest! {
                         run(&mut publishers[stage], stage, num_experts, weights, &job);
                     }
                 }
+                Action::Kill => {
+                    recorder.kill();
+                    gaps = true;
+                }
                 Action::Read => {
+                    recorder.write();
                     prop_assert!(collector.sync(Duration::from_secs(10)));
                     // Whatever is there by now is of one forward.
                     for summary in collector.requests() {
@@ -232,6 +296,27 @@ proptest! {
             prop_assert_eq!(summary.missing, missing);
         }
         prop_assert_eq!(collector.counts(None, None).unwrap(), counted);
+
+        // The recorder has each row of a forward that no stage dropped once, and beginnings from the cache.
+        recorder.stream.stop_flag().store(true, Relaxed);
+        while !recorder.stream.is_over() {
+            recorder.write();
+        }
+        let (mut begun, mut recorded): (Vec<_>, Vec<_>) =
+            recorder.rows.into_iter().partition(|(request, ..)| request.starts_with("begins"));
+        recorded.sort();
+        whole.sort();
+        prop_assert_eq!(recorded, whole);
+        let standing = |(request, position, ..): &(String, u32, u64, Vec<u16>)| newest.get(&(request.clone(), *position));
+        for beginning in &begun {
+            let &(request, place, forward, _) = standing(beginning).expect("a row that no slot holds");
+            prop_assert_eq!(beginning.2, forward);
+            prop_assert_eq!(&beginning.3, &row(num_experts, request, place, forward));
+        }
+        begun.sort();
+        begun.dedup();
+        let expected = newest.keys().filter(|(request, _)| request.starts_with("begins")).count();
+        prop_assert!(gaps || begun.len() == expected, "{} of {expected} rows from the cache", begun.len());
     }
 }
 
@@ -261,6 +346,16 @@ fn tokens_and_windows_count_each_token_once() {
         row(16, 0, position, 1).iter().enumerate().for_each(|(i, &id)| expected[i / 2 * 16 + id as usize] += 1);
     }
     assert_eq!(collector.counts(None, Some(3)).unwrap(), expected);
+
+    let mut recorder = Recorder::new(folder.path(), 16);
+    publishers[0]
+        .finish(&End { number: 1, request: "a".into(), num_positions: 5, outcome: Outcome::Finished })
+        .unwrap();
+    publishers.clear();
+    while !recorder.stream.is_over() {
+        recorder.write();
+    }
+    assert_eq!((recorder.rows.len(), recorder.ends, recorder.durable.len()), (5, 1, 3));
 }
 
 #[test]
@@ -272,8 +367,6 @@ fn stages_that_are_not_all_there_or_not_of_one_model_are_refused() {
     let more = publishers(folder.path(), 16, false, &[1]);
     let collector = open(folder.path()).unwrap();
     let directory = folder.path().to_owned();
-    let error = RowStream::open(directory.clone(), "staged", &[]).err().unwrap().to_string();
-    assert!(error.contains("3 pipeline stages"), "{error}");
     let other = Facts { rank: 7, layers: vec![2, 3], ..facts(1, 16, false) };
     let stranger = Publisher::create(&directory, "staged", 1 << 20, &other, OnFull::Drop).unwrap();
     let error = open(folder.path()).err().unwrap().to_string();

@@ -2,6 +2,7 @@
 
 mod counts;
 mod feed;
+mod join;
 mod known;
 mod slots;
 mod stages;

@@ -1,12 +1,13 @@
 //! Rows in the order of their records, for a recorder: nothing is lost between what it took and what it wrote.
 
 use super::feed::{ArenaId, Feed, Source, arena_id};
+use super::join::{self, Next, Rows, Stage, What};
 use super::known::Known;
 use super::slots::Slots;
 use super::store::NO_TOKEN;
 use super::wait::{Pace, Waiter};
 use crate::batch::{End, Phase, Span};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::layout::Facts;
 use crate::reader::{Mode, Record, Step};
 use crate::writer::after;
@@ -90,9 +91,15 @@ pub struct RowStream {
     batches: Vec<Known<Option<u32>>>,
     /// For each arena, what the engine has in its cache.
     slots: Vec<Slots>,
+    /// For each arena that is one of several pipeline stages, what it has told and the others have not.
+    stages: Vec<Stage>,
     skipped: u64,
     /// For each arena, the record after the last one that a block gave out.
     taken: Vec<u64>,
+    /// The same of stages; the first one to be read, before a block was given out.
+    given: Vec<u64>,
+    /// Whether nothing came when it was looked last.
+    emptied: bool,
     stop: Arc<AtomicBool>,
     /// Once stopped: for each arena, the record to stop before.
     targets: Option<Vec<u64>>,
@@ -111,13 +118,6 @@ impl RowStream {
     /// As [`super::Collector::open`].
     pub fn open(directory: PathBuf, capture: &str, resume: &[(ArenaId, u64)]) -> Result<Self> {
         let mut feed = Feed::open(directory, capture, Mode::Lossless)?;
-        if feed.facts().other_stages > 0 {
-            return Err(Error::invalid(format!(
-                "capture '{capture}' has {} pipeline stages, whose rows are not joined while they are recorded yet; attach to \
-                 it, and export what the lens keeps",
-                feed.facts().other_stages + 1
-            )));
-        }
         let mut skipped = 0;
         for source in &mut feed.sources {
             if let Some((_, last)) = resume.iter().find(|(arena, _)| *arena == arena_id(&source.reader)) {
@@ -135,8 +135,11 @@ impl RowStream {
             by_id: HashMap::new(),
             batches: Vec::new(),
             slots: Vec::new(),
+            stages: Vec::new(),
             skipped,
             taken: Vec::new(),
+            given: Vec::new(),
+            emptied: false,
             stop: Arc::default(),
             targets: None,
         })
@@ -174,7 +177,8 @@ impl RowStream {
         let reached = |targets: &Vec<u64>| {
             sources.zip(targets).all(|(source, &end)| source.over || source.reader.cursor() >= end)
         };
-        self.targets.as_ref().map_or_else(|| self.feed.is_over(), reached)
+        // What was read of stages may wait to be given.
+        self.emptied && self.targets.as_ref().map_or_else(|| self.feed.is_over(), reached)
     }
 
     /// Wait until there are `rows` rows, or `timeout` is over, or much of an arena is held; gives what there is, which
@@ -195,14 +199,22 @@ impl RowStream {
                 self.targets = Some(self.feed.sources.iter().map(|source| source.reader.head()).collect());
             }
             let mut came = false;
-            for arena in 0..self.feed.sources.len() {
-                came |= self.take_one(arena);
+            if self.facts.other_stages == 0 {
+                for arena in 0..self.feed.sources.len() {
+                    came |= self.take_one(arena);
+                }
+            } else {
+                for arenas in self.feed.replicas() {
+                    came |= self.take_joined(&arenas);
+                }
             }
+            self.emptied = !came;
             let full = self.block.len() >= rows || self.holds_much();
             if full || Instant::now() >= deadline || (!came && self.is_over()) {
                 self.by_id.clear();
                 self.batches.clear();
                 self.taken = self.feed.sources.iter().map(|source| source.reader.cursor()).collect();
+                self.end_ranges_of_stages();
                 return Ok(std::mem::take(&mut self.block));
             }
             if !came {
@@ -220,6 +232,105 @@ impl RowStream {
 
     fn holds_much(&self) -> bool {
         self.feed.sources.iter().any(|source| source.reader.held_share() * HELD_SHARE as f64 >= 1.0)
+    }
+
+    /// Read what each stage of a replica tells, and give what all of them have told; false if one must be waited for.
+    fn take_joined(&mut self, arenas: &[usize]) -> bool {
+        let mut read = false;
+        for &arena in arenas {
+            read |= self.read_stage(arena);
+        }
+        let mut stages: Vec<Stage> = arenas.iter().map(|&arena| std::mem::take(&mut self.stages[arena])).collect();
+        let next = join::next(&mut stages);
+        for (&arena, stage) in arenas.iter().zip(stages) {
+            self.stages[arena] = stage;
+        }
+        let told = match next {
+            Next::All(told) => told,
+            Next::LeftOut => return true,
+            Next::Wait => return read,
+        };
+        let index = self.range_of(arenas[0]);
+        let parts: Vec<&Rows> = told
+            .iter()
+            .filter_map(|what| match what {
+                What::Step(rows) | What::Prefix(rows) => Some(rows),
+                What::End(_) => None,
+            })
+            .collect();
+        match &told[0] {
+            What::End(end) => self.block.ends.push((index, end.clone())),
+            what => {
+                let request = |span: &Span| index_of(span, &mut self.by_id, &mut self.block.ids);
+                let requests: Vec<_> = parts[0].spans.iter().map(request).collect();
+                self.block.add_joined(what, &parts, &requests, index);
+            }
+        }
+        true
+    }
+
+    /// Read an arena until its stage has told something to its end; gives whether it read anything.
+    fn read_stage(&mut self, arena: usize) -> bool {
+        self.slots.resize_with(self.feed.sources.len(), Slots::default);
+        self.stages.resize_with(self.feed.sources.len(), Stage::default);
+        let new = self.feed.sources[self.given.len()..].iter();
+        self.given.extend(new.map(|source| source.reader.cursor()));
+        let (stage, slots) = (&mut self.stages[arena], &mut self.slots[arena]);
+        let Source { reader, part, over, .. } = &mut self.feed.sources[arena];
+        let mut read = false;
+        while !stage.has_told() {
+            let index = reader.cursor();
+            let reached = self.targets.as_ref().is_some_and(|targets| index >= targets[arena]);
+            let polled = if reached { Ok(None) } else { reader.poll() };
+            let nothing = matches!(polled, Ok(None));
+            match polled {
+                Ok(None) => {}
+                Ok(Some(Record::Step(step))) => {
+                    stage.step(index, &step);
+                    slots.keep(&part.facts, &step, MAX_SLOT_BYTES / self.given.len());
+                }
+                Ok(Some(Record::Prefix(prefix))) => {
+                    if prefix.after_gap {
+                        slots.forget();
+                    }
+                    stage.prefix(index, &prefix, part, slots);
+                }
+                Ok(Some(Record::End(end))) => stage.end(index, end, part.is_first()),
+                Err(_) => self.block.corrupt += 1,
+            }
+            if reader.cursor() > index {
+                read = true; // also past records of nothing
+                continue;
+            }
+            if nothing && (reached || *over) {
+                stage.finish();
+            }
+            return read; // nothing came; or the arena, not a record, contradicts itself
+        }
+        read
+    }
+
+    /// Index of the range in the block of an arena that is one of several stages.
+    fn range_of(&mut self, arena: usize) -> u32 {
+        let (id, first) = (arena_id(&self.feed.sources[arena].reader), self.given[arena]);
+        let known = self.block.ranges.iter().position(|range| range.arena == id);
+        known.unwrap_or_else(|| {
+            self.block.ranges.push(RecordRange { arena: id, first, last: first });
+            self.block.ranges.len() - 1
+        }) as u32
+    }
+
+    /// A block goes out: of stages, it has what all of them have told, and not what some are ahead.
+    fn end_ranges_of_stages(&mut self) {
+        for arena in 0..self.given.len() {
+            let pending = self.stages[arena].pending(self.feed.sources[arena].reader.cursor());
+            if pending > self.given[arena] {
+                let range = self.range_of(arena) as usize;
+                self.block.ranges[range].last = pending - 1;
+                self.given[arena] = pending;
+            }
+            self.taken[arena] = pending;
+        }
     }
 
     fn take_one(&mut self, arena: usize) -> bool {
@@ -300,6 +411,35 @@ impl Block {
             if facts.weights {
                 self.weights.extend_from_slice(&rows.weights[at * row_ids..(at + 1) * row_ids]);
             }
+        }
+    }
+
+    /// Add the rows that all stages know, each of the same forward.
+    fn add_joined(&mut self, what: &What, parts: &[&Rows], requests: &[Option<u32>], arena: u32) {
+        let first = parts[0];
+        let mut attributed = 0;
+        for (span, request) in first.spans.iter().zip(requests) {
+            let Some(request) = *request else { continue };
+            attributed += span.rows as usize;
+            for row in span.first_row as usize..(span.first_row + span.rows) as usize {
+                if !parts.iter().all(|part| part.known[row] && part.steps[row] == first.steps[row]) {
+                    continue;
+                }
+                let (experts, weights) = join::joined(parts, row);
+                self.requests.push(request);
+                self.arenas.push(arena);
+                self.positions.push(first.positions[row]);
+                self.token_ids.push(first.token_ids[row]);
+                self.kv_slots.push(first.kv_slots[row]);
+                self.phases.push(Rows::phase(what, span) as u8);
+                self.steps.push(first.steps[row]);
+                self.times.push(first.times[row]);
+                self.experts.extend(experts);
+                self.weights.extend(weights);
+            }
+        }
+        if matches!(what, What::Step(_)) {
+            self.unattributed += (first.len() - attributed) as u64;
         }
     }
 
