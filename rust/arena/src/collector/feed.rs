@@ -69,6 +69,18 @@ impl Feed {
         Ok(())
     }
 
+    /// The arenas of each replica of the model, in the order of its stages; those of which a stage has not come yet are
+    /// left out.
+    pub fn replicas(&self) -> Vec<Vec<usize>> {
+        let stages = self.stages.whole.other_stages + 1;
+        let mut by_replica: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
+        for (arena, source) in self.sources.iter().enumerate() {
+            by_replica.entry(source.part.facts.rank / stages).or_default().push(arena);
+        }
+        let mut replicas: Vec<_> = by_replica.into_values().filter(|arenas| arenas.len() == stages as usize).collect();
+        replicas.iter_mut().for_each(|arenas| arenas.sort_by_key(|&arena| self.sources[arena].part.stage));
+        replicas
+    }
     /// Whether it is time to call [`Feed::mark_ended`] and [`Feed::join_new_ranks`] again.
     pub fn is_time_to_look(&mut self) -> bool {
         let is_time = self.looked.elapsed() >= LOOK_PERIOD;
@@ -142,21 +154,6 @@ impl Feed {
     /// Saturating: the arenas' words could say anything.
     fn sum(&self, figure: impl Fn(&Source) -> u64) -> u64 {
         self.sources.iter().map(figure).fold(0, u64::saturating_add)
-    }
-}
-
-impl Feed {
-    /// The arenas of each replica of the model, in the order of its stages; those of which a stage has not come yet are
-    /// left out.
-    pub fn replicas(&self) -> Vec<Vec<usize>> {
-        let stages = self.stages.whole.other_stages + 1;
-        let mut by_replica: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
-        for (arena, source) in self.sources.iter().enumerate() {
-            by_replica.entry(source.part.facts.rank / stages).or_default().push(arena);
-        }
-        let mut replicas: Vec<_> = by_replica.into_values().filter(|arenas| arenas.len() == stages as usize).collect();
-        replicas.iter_mut().for_each(|arenas| arenas.sort_by_key(|&arena| self.sources[arena].part.stage));
-        replicas
     }
 }
 

@@ -8,7 +8,6 @@ use crate::batch::{End, Phase, Span};
 use crate::layout::Facts;
 use crate::reader::{CachedPrefix, Step};
 use std::collections::VecDeque;
-use std::ops::Range;
 
 /// What one stage tells, in the order of its records.
 pub(super) enum What {
@@ -18,6 +17,32 @@ pub(super) enum What {
     Prefix(Rows),
     /// The end of a request.
     End(End),
+}
+
+impl What {
+    /// The rows; None of an end.
+    pub fn rows(&self) -> Option<&Rows> {
+        match self {
+            Self::Step(rows) | Self::Prefix(rows) => Some(rows),
+            Self::End(_) => None,
+        }
+    }
+
+    /// The phase of a span's rows.
+    pub fn phase(&self, span: &Span) -> Phase {
+        if matches!(self, Self::Prefix(_)) { Phase::Prefill } else { span.phase }
+    }
+
+    /// Whether it is of the same positions of the same requests.
+    fn is_alike(&self, other: &Self) -> bool {
+        let (Some(ours), Some(theirs)) = (self.rows(), other.rows()) else { return false };
+        let whose = |span: &Span, other: &Span| {
+            (&span.request, span.first_row, span.rows) == (&other.request, other.first_row, other.rows)
+        };
+        ours.positions == theirs.positions
+            && ours.spans.len() == theirs.spans.len()
+            && ours.spans.iter().zip(&theirs.spans).all(|(span, other)| whose(span, other))
+    }
 }
 
 /// One stage's part of some rows; n of them.
@@ -84,9 +109,10 @@ impl Rows {
         found
     }
 
-    /// The phase of a span's rows.
-    pub fn phase(what: &What, span: &Span) -> Phase {
-        if matches!(what, What::Prefix(_)) { Phase::Prefill } else { span.phase }
+    /// The experts of a row, and its weights.
+    pub fn row(&self, row: usize) -> (&[u8], &[u16]) {
+        let (bytes, ids) = (self.experts.len() / self.len(), self.weights.len() / self.len());
+        (&self.experts[row * bytes..(row + 1) * bytes], &self.weights[row * ids..(row + 1) * ids])
     }
 }
 
@@ -187,28 +213,9 @@ pub(super) fn next(stages: &mut [Stage]) -> Next {
     let oldest = *keys.iter().min().expect("a replica has stages");
     let behind = stages.iter_mut().zip(&keys).filter(|(_, key)| **key == oldest);
     let told: Vec<What> = behind.filter_map(|(stage, _)| stage.told.pop_front()).map(|item| item.what).collect();
-    if told.len() == keys.len() && are_alike(&told) { Next::All(told) } else { Next::LeftOut }
-}
-
-fn are_alike(told: &[What]) -> bool {
-    let rows = |what: &What| match what {
-        What::Step(rows) | What::Prefix(rows) => {
-            let whose = |span: &Span| (span.request.clone(), span.first_row, span.rows);
-            Some((rows.positions.clone(), rows.spans.iter().map(whose).collect::<Vec<_>>()))
-        }
-        What::End(_) => None,
-    };
-    let first = rows(&told[0]);
-    first.is_some() && told.iter().all(|what| rows(what) == first)
-}
-
-/// The experts of row `row`, of all stages; and its weights.
-pub(super) fn joined(parts: &[&Rows], row: usize) -> (Vec<u8>, Vec<u16>) {
-    fn of<T: Copy>(all: &[T], n: usize, row: usize) -> &[T] {
-        let range: Range<usize> = all.len() / n * row..all.len() / n * (row + 1);
-        &all[range]
+    if told.len() == keys.len() && told.iter().all(|what| what.is_alike(&told[0])) {
+        Next::All(told)
+    } else {
+        Next::LeftOut
     }
-    let experts = parts.iter().flat_map(|part| of(&part.experts, part.len(), row)).copied().collect();
-    let weights = parts.iter().flat_map(|part| of(&part.weights, part.len(), row)).copied().collect();
-    (experts, weights)
 }

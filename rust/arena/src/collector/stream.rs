@@ -91,18 +91,22 @@ pub struct RowStream {
     batches: Vec<Known<Option<u32>>>,
     /// For each arena, what the engine has in its cache.
     slots: Vec<Slots>,
-    /// For each arena that is one of several pipeline stages, what it has told and the others have not.
-    stages: Vec<Stage>,
+    /// Of a model in several pipeline stages, those of which every stage has come.
+    replicas: Vec<Replica>,
     skipped: u64,
-    /// For each arena, the record after the last one that a block gave out.
+    /// For each arena, the record after the last one that a block gave out; at first, the one to begin with.
     taken: Vec<u64>,
-    /// The same of stages; the first one to be read, before a block was given out.
-    given: Vec<u64>,
     /// Whether nothing came when it was looked last.
     emptied: bool,
     stop: Arc<AtomicBool>,
     /// Once stopped: for each arena, the record to stop before.
     targets: Option<Vec<u64>>,
+}
+
+/// The arenas of a model's stages, in order, and what each has told and the others have not.
+struct Replica {
+    arenas: Vec<usize>,
+    stages: Vec<Stage>,
 }
 
 /// Most that the rows of all arenas' KV slots may take.
@@ -127,7 +131,7 @@ impl RowStream {
             }
         }
         let waiter = Waiter::new(Pace::CALM);
-        Ok(Self {
+        let mut stream = Self {
             facts: feed.facts().clone(),
             feed,
             waiter,
@@ -135,14 +139,29 @@ impl RowStream {
             by_id: HashMap::new(),
             batches: Vec::new(),
             slots: Vec::new(),
-            stages: Vec::new(),
+            replicas: Vec::new(),
             skipped,
             taken: Vec::new(),
-            given: Vec::new(),
             emptied: false,
             stop: Arc::default(),
             targets: None,
-        })
+        };
+        stream.see_new_arenas();
+        Ok(stream)
+    }
+
+    fn see_new_arenas(&mut self) {
+        self.slots.resize_with(self.feed.sources.len(), Slots::default);
+        self.taken.extend(self.feed.sources[self.taken.len()..].iter().map(|source| source.reader.cursor()));
+        if self.facts.other_stages == 0 {
+            return;
+        }
+        for arenas in self.feed.replicas() {
+            if self.replicas.iter().all(|replica| replica.arenas != arenas) {
+                let stages = arenas.iter().map(|_| Stage::default()).collect();
+                self.replicas.push(Replica { arenas, stages });
+            }
+        }
     }
 
     /// What the capture says of its model.
@@ -193,6 +212,7 @@ impl RowStream {
                 self.feed.mark_ended();
                 if self.targets.is_none() {
                     self.feed.join_new_ranks()?;
+                    self.see_new_arenas();
                 }
             }
             if self.targets.is_none() && self.stop.load(Relaxed) {
@@ -204,8 +224,8 @@ impl RowStream {
                     came |= self.take_one(arena);
                 }
             } else {
-                for arenas in self.feed.replicas() {
-                    came |= self.take_joined(&arenas);
+                for replica in 0..self.replicas.len() {
+                    came |= self.take_joined(replica);
                 }
             }
             self.emptied = !came;
@@ -213,8 +233,11 @@ impl RowStream {
             if full || Instant::now() >= deadline || (!came && self.is_over()) {
                 self.by_id.clear();
                 self.batches.clear();
-                self.taken = self.feed.sources.iter().map(|source| source.reader.cursor()).collect();
-                self.end_ranges_of_stages();
+                if self.facts.other_stages == 0 {
+                    self.taken = self.feed.sources.iter().map(|source| source.reader.cursor()).collect();
+                } else {
+                    self.end_ranges_of_stages();
+                }
                 return Ok(std::mem::take(&mut self.block));
             }
             if !came {
@@ -235,32 +258,21 @@ impl RowStream {
     }
 
     /// Read what each stage of a replica tells, and give what all of them have told; false if one must be waited for.
-    fn take_joined(&mut self, arenas: &[usize]) -> bool {
+    fn take_joined(&mut self, replica: usize) -> bool {
         let mut read = false;
-        for &arena in arenas {
-            read |= self.read_stage(arena);
+        for stage in 0..self.replicas[replica].stages.len() {
+            read |= self.read_stage(replica, stage);
         }
-        let mut stages: Vec<Stage> = arenas.iter().map(|&arena| std::mem::take(&mut self.stages[arena])).collect();
-        let next = join::next(&mut stages);
-        for (&arena, stage) in arenas.iter().zip(stages) {
-            self.stages[arena] = stage;
-        }
-        let told = match next {
+        let told = match join::next(&mut self.replicas[replica].stages) {
             Next::All(told) => told,
             Next::LeftOut => return true,
             Next::Wait => return read,
         };
-        let index = self.range_of(arenas[0]);
-        let parts: Vec<&Rows> = told
-            .iter()
-            .filter_map(|what| match what {
-                What::Step(rows) | What::Prefix(rows) => Some(rows),
-                What::End(_) => None,
-            })
-            .collect();
+        let index = self.range_of(self.replicas[replica].arenas[0]);
         match &told[0] {
             What::End(end) => self.block.ends.push((index, end.clone())),
             what => {
+                let parts: Vec<&Rows> = told.iter().filter_map(What::rows).collect();
                 let request = |span: &Span| index_of(span, &mut self.by_id, &mut self.block.ids);
                 let requests: Vec<_> = parts[0].spans.iter().map(request).collect();
                 self.block.add_joined(what, &parts, &requests, index);
@@ -270,12 +282,11 @@ impl RowStream {
     }
 
     /// Read an arena until its stage has told something to its end; gives whether it read anything.
-    fn read_stage(&mut self, arena: usize) -> bool {
-        self.slots.resize_with(self.feed.sources.len(), Slots::default);
-        self.stages.resize_with(self.feed.sources.len(), Stage::default);
-        let new = self.feed.sources[self.given.len()..].iter();
-        self.given.extend(new.map(|source| source.reader.cursor()));
-        let (stage, slots) = (&mut self.stages[arena], &mut self.slots[arena]);
+    fn read_stage(&mut self, replica: usize, stage: usize) -> bool {
+        let arena = self.replicas[replica].arenas[stage];
+        let stage = &mut self.replicas[replica].stages[stage];
+        let budget = MAX_SLOT_BYTES / self.slots.len();
+        let slots = &mut self.slots[arena];
         let Source { reader, part, over, .. } = &mut self.feed.sources[arena];
         let mut read = false;
         while !stage.has_told() {
@@ -287,7 +298,7 @@ impl RowStream {
                 Ok(None) => {}
                 Ok(Some(Record::Step(step))) => {
                     stage.step(index, &step);
-                    slots.keep(&part.facts, &step, MAX_SLOT_BYTES / self.given.len());
+                    slots.keep(&part.facts, &step, budget);
                 }
                 Ok(Some(Record::Prefix(prefix))) => {
                     if prefix.after_gap {
@@ -312,7 +323,7 @@ impl RowStream {
 
     /// Index of the range in the block of an arena that is one of several stages.
     fn range_of(&mut self, arena: usize) -> u32 {
-        let (id, first) = (arena_id(&self.feed.sources[arena].reader), self.given[arena]);
+        let (id, first) = (arena_id(&self.feed.sources[arena].reader), self.taken[arena]);
         let known = self.block.ranges.iter().position(|range| range.arena == id);
         known.unwrap_or_else(|| {
             self.block.ranges.push(RecordRange { arena: id, first, last: first });
@@ -322,20 +333,22 @@ impl RowStream {
 
     /// A block goes out: of stages, it has what all of them have told, and not what some are ahead.
     fn end_ranges_of_stages(&mut self) {
-        for arena in 0..self.given.len() {
-            let pending = self.stages[arena].pending(self.feed.sources[arena].reader.cursor());
-            if pending > self.given[arena] {
+        let pending = |replica: &Replica| {
+            let stages = replica.arenas.iter().zip(&replica.stages);
+            let cursor = |arena: usize| self.feed.sources[arena].reader.cursor();
+            stages.map(|(&arena, stage)| (arena, stage.pending(cursor(arena)))).collect::<Vec<_>>()
+        };
+        for (arena, pending) in self.replicas.iter().flat_map(pending).collect::<Vec<_>>() {
+            if pending > self.taken[arena] {
                 let range = self.range_of(arena) as usize;
                 self.block.ranges[range].last = pending - 1;
-                self.given[arena] = pending;
+                self.taken[arena] = pending;
             }
-            self.taken[arena] = pending;
         }
     }
 
     fn take_one(&mut self, arena: usize) -> bool {
         self.batches.resize_with(self.feed.sources.len(), Known::default);
-        self.slots.resize_with(self.feed.sources.len(), Slots::default);
         let Source { reader, .. } = &mut self.feed.sources[arena];
         let (id, first) = (arena_id(reader), reader.cursor());
         if self.targets.as_ref().is_some_and(|targets| first >= targets[arena]) {
@@ -392,21 +405,47 @@ fn index_of(span: &Span, by_id: &mut HashMap<String, u32>, ids: &mut Vec<String>
     }))
 }
 
+/// What a block keeps of a row beside its experts and weights.
+struct Row {
+    position: u32,
+    token_id: u32,
+    kv_slot: u32,
+    phase: Phase,
+    step: u64,
+    time_ns: i64,
+}
+
 impl Block {
+    /// Add a row of a request, but for its experts and weights.
+    fn add_row(&mut self, request: u32, arena: u32, row: Row) {
+        self.requests.push(request);
+        self.arenas.push(arena);
+        self.positions.push(row.position);
+        self.token_ids.push(row.token_id);
+        self.kv_slots.push(row.kv_slot);
+        self.phases.push(row.phase as u8);
+        self.steps.push(row.step);
+        self.times.push(row.time_ns);
+    }
+
     /// Add the rows that stand in these slots, as a request's first ones; unknown ones are left out.
     fn add_prefix(&mut self, facts: &Facts, request: u32, arena: u32, slots: &Slots, kv_slots: &[u32]) {
         let (row_bytes, row_ids) = (facts.row_bytes(), facts.ids_per_row());
         for (position, &slot) in kv_slots.iter().enumerate() {
             let Some(at) = slots.find(slot) else { continue };
             let rows = slots.rows();
-            self.requests.push(request);
-            self.arenas.push(arena);
-            self.positions.push(position as u32);
-            self.token_ids.push(rows.token_ids[at]);
-            self.kv_slots.push(slot);
-            self.phases.push(Phase::Prefill as u8);
-            self.steps.push(rows.steps[at]);
-            self.times.push(rows.times[at]);
+            self.add_row(
+                request,
+                arena,
+                Row {
+                    position: position as u32,
+                    token_id: rows.token_ids[at],
+                    kv_slot: slot,
+                    phase: Phase::Prefill,
+                    step: rows.steps[at],
+                    time_ns: rows.times[at],
+                },
+            );
             self.experts.extend_from_slice(&rows.experts[at * row_bytes..(at + 1) * row_bytes]);
             if facts.weights {
                 self.weights.extend_from_slice(&rows.weights[at * row_ids..(at + 1) * row_ids]);
@@ -425,17 +464,22 @@ impl Block {
                 if !parts.iter().all(|part| part.known[row] && part.steps[row] == first.steps[row]) {
                     continue;
                 }
-                let (experts, weights) = join::joined(parts, row);
-                self.requests.push(request);
-                self.arenas.push(arena);
-                self.positions.push(first.positions[row]);
-                self.token_ids.push(first.token_ids[row]);
-                self.kv_slots.push(first.kv_slots[row]);
-                self.phases.push(Rows::phase(what, span) as u8);
-                self.steps.push(first.steps[row]);
-                self.times.push(first.times[row]);
-                self.experts.extend(experts);
-                self.weights.extend(weights);
+                self.add_row(
+                    request,
+                    arena,
+                    Row {
+                        position: first.positions[row],
+                        token_id: first.token_ids[row],
+                        kv_slot: first.kv_slots[row],
+                        phase: what.phase(span),
+                        step: first.steps[row],
+                        time_ns: first.times[row],
+                    },
+                );
+                for (experts, weights) in parts.iter().map(|part| part.row(row)) {
+                    self.experts.extend_from_slice(experts);
+                    self.weights.extend_from_slice(weights);
+                }
             }
         }
         if matches!(what, What::Step(_)) {
