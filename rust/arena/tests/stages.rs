@@ -373,3 +373,30 @@ fn stages_that_are_not_all_there_or_not_of_one_model_are_refused() {
     assert!(error.contains("not those of 3 pipeline stages"), "{error}");
     drop((early, more, stranger, collector));
 }
+
+#[test]
+fn a_replica_without_one_of_its_stages_keeps_no_recorder_from_its_end() {
+    let folder = folder();
+    let mut publishers = publishers(folder.path(), 16, false, &[0, 1, 2]);
+    let other = Facts { rank: 3, ..facts(0, 16, false) };
+    publishers.push(Publisher::create(folder.path(), "staged", 1 << 20, &other, OnFull::Drop).unwrap());
+    let span = |number| Span {
+        number,
+        request: format!("of {number}"),
+        first_row: 0,
+        rows: 2,
+        prompt_tokens: 2,
+        phase: Phase::Prefill,
+    };
+    for (stage, publisher) in publishers.iter_mut().enumerate() {
+        let job = Job::Step(1, vec![(0, 0), (0, 1)], vec![span(1 + stage as u64 / 3)]);
+        run(publisher, stage % 3, 16, false, &job);
+    }
+    let mut recorder = Recorder::new(folder.path(), 16);
+    recorder.stream.stop_flag().store(true, Relaxed);
+    for _ in 0..100 {
+        recorder.write();
+    }
+    assert!(recorder.stream.is_over());
+    assert_eq!(recorder.rows.iter().map(|row| row.0.as_str()).collect::<Vec<_>>(), ["of 1", "of 1"]);
+}

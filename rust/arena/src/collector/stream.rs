@@ -191,13 +191,18 @@ impl RowStream {
     /// Whether every publisher has ended or the stream was stopped, and everything published by then was taken.
     #[must_use]
     pub fn is_over(&self) -> bool {
-        let sources = self.feed.sources.iter();
         // A record that its publisher died in the middle of is never reached.
-        let reached = |targets: &Vec<u64>| {
-            sources.zip(targets).all(|(source, &end)| source.over || source.reader.cursor() >= end)
+        let reached = |arena: usize| {
+            let source = &self.feed.sources[arena];
+            source.over || self.targets.as_ref().is_some_and(|targets| source.reader.cursor() >= targets[arena])
         };
-        // What was read of stages may wait to be given.
-        self.emptied && self.targets.as_ref().map_or_else(|| self.feed.is_over(), reached)
+        // Of a replica that lacks a stage nothing is read. What was read of stages may wait to be given.
+        let all_reached = if self.facts.other_stages == 0 {
+            (0..self.feed.sources.len()).all(reached)
+        } else {
+            self.replicas.iter().flat_map(|replica| &replica.arenas).all(|&arena| reached(arena))
+        };
+        self.emptied && all_reached
     }
 
     /// Wait until there are `rows` rows, or `timeout` is over, or much of an arena is held; gives what there is, which
