@@ -1,5 +1,6 @@
 """Which rows of a MoE layer are this process's, for any number of processes, without SGLang."""
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,25 +18,28 @@ def layout(**changes: int) -> Layout:
     return Layout(**{**one, **changes})
 
 
-def test_one_process_of_each_data_parallel_rank_publishes() -> None:
-    """8 processes: 2 replicas, in each 2 ranks of data-parallel attention, in each 2 of tensor parallelism."""
-    found = [
-        layout(attn_tp_size=2, attn_tp_rank=tp, attn_dp_size=2, attn_dp_rank=dp, replica=replica).publishing_rank
-        for replica in range(2)
-        for dp in range(2)
-        for tp in range(2)
+def publishing_ranks(*, attn_dp: int = 1, stages: int = 1) -> list[int | None]:
+    """Of 2 replicas; in each so many ranks of data-parallel attention and stages; in each 2 of tensor parallelism."""
+    return [
+        layout(
+            pp_size=stages,
+            pp_rank=stage,
+            attn_tp_size=2,
+            attn_tp_rank=tp,
+            attn_dp_size=attn_dp,
+            attn_dp_rank=dp,
+            replica=replica,
+        ).publishing_rank
+        for replica, dp, stage, tp in itertools.product(range(2), range(attn_dp), range(stages), range(2))
     ]
-    assert found == [0, None, 1, None, 2, None, 3, None]
+
+
+def test_one_process_of_each_data_parallel_rank_publishes() -> None:
+    assert publishing_ranks(attn_dp=2) == [0, None, 1, None, 2, None, 3, None]
 
 
 def test_every_pipeline_stage_of_each_data_parallel_rank_publishes() -> None:
-    found = [
-        layout(pp_size=3, pp_rank=stage, attn_tp_size=2, attn_tp_rank=tp, replica=replica).publishing_rank
-        for replica in range(2)
-        for stage in range(3)
-        for tp in range(2)
-    ]
-    assert found == [0, None, 1, None, 2, None, 3, None, 4, None, 5, None]
+    assert publishing_ranks(stages=3) == [0, None, 1, None, 2, None, 3, None, 4, None, 5, None]
 
 
 @pytest.mark.parametrize("rank", [0, 1, 3])
