@@ -7,6 +7,7 @@ environment asks for others than ORDER:
 * `off, a reader beside it`: the same, and a lens looks at a capture of something else, so that what a busy reader
   changes on a machine is not taken for what the plugin does.
 * `lens`: a lens attached in the process of the engine, which counts and keeps every row.
+* `lens, nobody reads`: the plugin alone.
 * `lens, recorded`: and `expert-lens record` in a process of its own writes Parquet; needs polars.
 * `native` and `native, no overlap`: SGLang's `return_routed_experts`, with and without overlap scheduling.
 * `timing`: what the lens takes of the scheduler's thread in a step, launch left out (tests/gpu/sglang_spy.py); by a
@@ -118,7 +119,7 @@ def run_mode(mode: str) -> None:
     overlap = {"disable_overlap_schedule": True} if mode.endswith("no overlap") else {}
     asked = {**overlap, **json.loads(os.environ.get("OPTIONS", "{}"))}
     engine, _ = sglang_engine.start({**options, **ENGINE, **asked, "enable_return_routed_experts": native})
-    lens = expert_lens.attach(engine) if mode.startswith("lens") else None
+    lens = expert_lens.attach(engine) if mode in ("lens", "lens, recorded") else None
     more = {"return_routed_experts": True} if native else {}
 
     async def one(prompt: list[int], output: int) -> list[float]:

@@ -2,8 +2,8 @@
 
 `install(folder)` makes an entry point of it. SGLANG_SPY names what it does:
 
-* `consumed:FILE`: appends to FILE, a forward behind the other, the experts whose weights the MoE kernel multiplies each
-  row with, as told by its tables `sorted_token_ids` and `expert_ids`: int32 n, L, K, then [n, L, K].
+* `consumed:FILE`: appends to FILE.DEVICE, a forward behind the other, the experts whose weights the MoE kernel
+  multiplies each row with, as told by its tables `sorted_token_ids` and `expert_ids`: int32 n, L, K, then [n, L, K].
 * `altered`: gives expert_lens one id that is not the one chosen, in the second forward of prompts.
 * `followed`: makes SGLang's own capture right for drafted tokens, whose rows it never keeps if they come by n-grams,
   and of a tree leaves in the KV slots that their tokens are moved away from.
@@ -42,6 +42,7 @@ def register() -> None:
 
 
 def consumed(file: str) -> None:
+    import torch
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     num_layers = int(os.environ["SGLANG_SPY_LAYERS"])
@@ -66,7 +67,7 @@ def consumed(file: str) -> None:
             layers.append(found.reshape(num_rows, top_k))
             if len(layers) == num_layers:
                 rows_of_all = np.stack(layers, axis=1)
-                with open(file, "ab") as out:
+                with open(f"{file}.{torch.cuda.current_device()}", "ab") as out:
                     out.write(np.array(rows_of_all.shape, np.int32).tobytes() + rows_of_all.tobytes())
                 layers.clear()
         return original(*args, **kwargs)
@@ -75,9 +76,9 @@ def consumed(file: str) -> None:
     HookRegistry.register(target, around, HookType.AROUND)
 
 
-def read_consumed(file: str) -> Any:
-    """What `consumed` has written, all rows one behind the other: [n, L, K]."""
-    data = np.frombuffer(Path(file).read_bytes(), np.int32)
+def read_consumed(file: Path) -> Any:
+    """What `consumed` has written of a device, all rows one behind the other: [n, L, K]."""
+    data = np.frombuffer(file.read_bytes(), np.int32)
     found = []
     at = 0
     while at < len(data):

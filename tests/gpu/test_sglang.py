@@ -110,9 +110,13 @@ def test_retracted_requests_begin_again() -> None:
     assert (found["requests"], found["different"], found["missing"], found["wrong_length"]) == (24, 0, 0, 0)
 
 
-def test_rows_are_what_the_moe_kernel_consumed() -> None:
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.mark.parametrize("stages", [1, pytest.param(2, marks=TWO_GPUS)])
+def test_rows_are_what_the_moe_kernel_consumed(stages: int) -> None:
     """With SGLang's capture off; and what another engine's capture gave for the same prompts."""
-    found, _ = run("alone")
+    found, _ = run("alone", {"pp_size": stages})
     assert found["ids"] > 1_000_000
     assert (found["not_as_consumed"], found["outputs_differ"], found["not_as_native"]) == (0, 0, 0)
 
@@ -152,7 +156,7 @@ RANKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@TWO_GPUS
 @pytest.mark.parametrize("way", RANKS)
 def test_rows_of_several_gpus_are_those_of_sglangs_own_capture(way: str) -> None:
     found, log = run("check", dict(RANKS[way]))
