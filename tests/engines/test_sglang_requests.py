@@ -49,7 +49,8 @@ def experts_of(request: str, position: int, time: int) -> Any:
 
 class Scheduler:
     """Puts requests together as SGLang does: prompts in chunks, decodes beside them, prefixes from the cache,
-    retraction. It tells expert_lens through the same calls as the hooks, and keeps itself what each KV slot holds.
+    retraction, ends that are seen when the next step is put together already. It tells expert_lens through the same calls as
+    the hooks, and keeps itself what each KV slot holds.
     """
 
     def __init__(self, tap: Tap, seed: int) -> None:
@@ -62,6 +63,8 @@ class Scheduler:
         """KV slots of a sequence that the cache has, from its beginning."""
         self.time = 0
         self.live: list[Req] = []
+        self.ending: list[Req] = []
+        """Those that have ended, with nobody told yet."""
         self.truth: dict[str, Any] = {}
 
     def add(self, req: Req) -> None:
@@ -78,7 +81,10 @@ class Scheduler:
             self._decode(decoding)
         for req in list(self.live):
             if len(req.output_ids) >= req.outputs:
-                self._end(req, object())
+                if self.rng.random() < 0.3:
+                    self.ending.append(req)
+                else:
+                    self._end(req, object())
             elif req.output_ids and self.rng.random() < 0.02:
                 self._retract(req)
             elif self.rng.random() < 0.01:
@@ -101,12 +107,14 @@ class Scheduler:
         if found := self.requests.from_cache(batch):
             places = [slot for place, span in found for slot in (*prompts, *decodes)[place].slots[: span[3]]]
             self.tap.writer.publish_prefix([span for _, span in found], np.array(places, np.uint32))
+        self._see_ends()
         self._forward([*prompts, *decodes], starts, lengths, self.requests.extend(batch))
 
     def _decode(self, decodes: list[Req]) -> None:
         batch = SimpleNamespace(
             rids=[req.rid for req in decodes], seq_lens_cpu=torch.tensor([req.length for req in decodes])
         )
+        self._see_ends()
         spans = self.requests.decode(batch)
         assert spans is self.requests.decode(batch)
         self._forward(decodes, [req.length - 1 for req in decodes], [1] * len(decodes), spans)
@@ -136,6 +144,11 @@ class Scheduler:
             np.array(positions, np.uint32),
             kv_slots=np.array(slots, np.uint32),
         )
+
+    def _see_ends(self) -> None:
+        """The step before this one is processed now: this one runs over requests that have ended."""
+        while self.ending:
+            self._end(self.ending.pop(), object())
 
     def _retract(self, req: Req) -> None:
         self.requests.release(req)
@@ -169,6 +182,7 @@ def test_every_request_has_the_rows_that_its_slots_hold(seed: int) -> None:
     assert len(scheduler.truth) >= 8
     told = collector.requests()
     states = dict(zip(told["request"], told["state"], strict=True))
+    assert set(states) <= {f"r{number}" for number in range(14)}
     aborted = 0
     for rid, (slots, reason, req) in scheduler.truth.items():
         if rid not in states:

@@ -45,6 +45,10 @@ class Requests:
         self._names = RequestNames()
         self._live: dict[str, _Request] = {}
         self._retracted: set[str] = set()
+        self._ended: set[str] = set()
+        """Those that have ended since the last forward: the next one may have been put together before, and run over
+        them once more, which gives rows of nobody.
+        """
         self._decoding: list[str] | None = None
         """The rids of the last decode batch, if nothing has changed since."""
         self._width = 1
@@ -76,10 +80,11 @@ class Requests:
         if batch.rids != self._decoding or width != self._width:
             lengths = batch.seq_lens_cpu
             self._spans = [
-                self._span(self._live.get(rid) or self._add(rid, int(lengths[at]) - 1), at * width, width, "decode")
+                self._span(self._find(rid, int(lengths[at]) - 1), at * width, width, "decode")
                 for at, rid in enumerate(batch.rids)
             ]
             self._decoding, self._width = list(batch.rids), width
+            self._ended.clear()
         return self._spans
 
     def extend(self, batch: Any) -> list[Span]:
@@ -87,7 +92,7 @@ class Requests:
         spans: list[Span] = []
         row = 0
         for rid, start, length in zip(batch.rids, batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu, strict=True):
-            request = self._live.get(rid) or self._add(rid, start + length)
+            request = self._find(rid, start + length)
             if not request.running:
                 request.running = True
                 self._retracted.discard(rid)
@@ -96,6 +101,7 @@ class Requests:
                 phase: Phase = "prefill" if start < request.prompt_tokens else "decode"
                 spans.append(self._span(request, row, length, phase))
             row += length
+        self._ended.clear()
         return spans
 
     def from_cache(self, batch: Any) -> list[tuple[int, Span]]:
@@ -130,15 +136,25 @@ class Requests:
 
     def _end(self, rid: str, positions: int, state: Literal["finished", "aborted"]) -> None:
         request = self._live.pop(rid)
+        self._ended.add(rid)
         self._retracted.discard(rid)
         self._decoding = None
         if request.number:
             self._tap.finish(request.number, request.id, positions, state)
 
+    def _find(self, rid: str, prompt_tokens: int) -> _Request:
+        """The request in a forward; one of which nothing was said before (as where prompts are computed elsewhere) has
+        as many prompt tokens.
+        """
+        if (request := self._live.get(rid)) is not None:
+            return request
+        return _Request("", 0, 0, None) if rid in self._ended else self._add(rid, prompt_tokens)
+
     def _add(self, rid: str, prompt_tokens: int, req: Any = None) -> _Request:
         nobody = rid.startswith(HEALTH_CHECK)
         name, number = ("", 0) if nobody else (self._names.unique(rid), next_number())
         request = self._live[rid] = _Request(name, number, prompt_tokens, req)
+        self._decoding = None  # the id may be in it, of a request before
         return request
 
     def _span(self, request: _Request, row: int, rows: int, phase: Phase) -> Span:
