@@ -144,6 +144,13 @@ class Writer:
         Returns as `publish`. Raises ValueError when the last step had another number of rows, or an id is no expert's.
         """
 
+    def prepare(self, device: int) -> None:
+        """Pin the arena and make it known to a CUDA device, before its first step has to: that takes some milliseconds
+        for each 100 MB, in which the engine would wait.
+
+        Raises CudaError when the driver refuses, or there is none.
+        """
+
     def publish_device(
         self,
         experts: int,
@@ -380,6 +387,10 @@ class RowStream:
     @property
     def skipped_records(self) -> int:
         """Records that were gone when the stream resumed."""
+
+    @property
+    def left_out_tokens(self) -> int:
+        """Rows that not all pipeline stages told of, and that were left out."""
 
     @property
     def dropped_tokens(self) -> int:

@@ -80,10 +80,18 @@ impl Publisher {
         Ok(publisher)
     }
 
+    /// Pin the arena and make it known to a device, which takes the time that its pages need: before the first step has to.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] when the driver refuses.
+    pub fn prepare(&mut self, device: i32) -> Result<()> {
+        pin(&mut self.pinned, &self.memory)?.prepare(device)
+    }
+
     /// Publish the rows of one forward that a device holds, on the raw stream that computed them. Returns once that is
     /// enqueued; readers see the rows when the stream has come so far.
     ///
-    /// The first call for a device pins the arena for it, which takes the time that its pages need.
+    /// The first call for a device that was not prepared ([`Publisher::prepare`]) does that.
     ///
     /// # Errors
     /// Lengths that do not agree: nothing is published then. [`Error::Cuda`] when the driver refuses: nothing more is

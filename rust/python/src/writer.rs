@@ -227,6 +227,11 @@ impl Writer {
         Ok(published.map_err(to_python)?.dropped == 0)
     }
 
+    fn prepare(&mut self, py: Python<'_>, device: i32) -> PyResult<()> {
+        let publisher = self.open()?;
+        py.detach(|| publisher.prepare(device)).map_err(to_python)
+    }
+
     #[expect(clippy::too_many_arguments, reason = "they are the arguments of the Python method")]
     #[pyo3(signature = (experts, num_rows, positions, *, device, stream, token_ids=None, kv_slots=None, weights=None))]
     fn publish_device(

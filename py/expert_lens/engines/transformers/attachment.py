@@ -105,6 +105,8 @@ class TransformersTap:
         self._closed = False
         self._patches: list[Patch] = []
         try:
+            if model.device.type == "cuda":
+                self.writer.prepare(model.device.index)
             self._hold_on(model, routed)
         except BaseException:
             self.close()

@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use libloading::Library;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::marker::PhantomData;
 use std::sync::OnceLock;
 
 pub(super) type Status = c_int;
@@ -43,6 +44,7 @@ driver! {
     release_context: b"cuDevicePrimaryCtxRelease_v2\0"(c_int);
     context_state: b"cuDevicePrimaryCtxGetState\0"(c_int, *mut c_uint, *mut c_int);
     current_context: b"cuCtxGetCurrent\0"(*mut Handle);
+    synchronize_context: b"cuCtxSynchronize\0"();
     push_context: b"cuCtxPushCurrent_v2\0"(Handle);
     pop_context: b"cuCtxPopCurrent_v2\0"(*mut Handle);
     register: b"cuMemHostRegister_v2\0"(*mut c_void, usize, c_uint);
@@ -93,6 +95,14 @@ impl Driver {
         if status == 0 { Ok(()) } else { Err(Error::Cuda { what: format!("{call} failed: {}", self.name_of(status)) }) }
     }
 
+    /// Whether a device has what this attribute tells of; an attribute that the driver does not know is one it has not.
+    pub fn can(&self, device: c_int, attribute: c_int) -> bool {
+        let mut value = 0;
+        // SAFETY: a place for one value.
+        let status = unsafe { (self.device_attribute)(&mut value, attribute, device) };
+        status == 0 && value != 0
+    }
+
     /// Whether a device's primary context lives: who resets it takes everything that was made in it.
     pub fn is_active(&self, device: c_int) -> bool {
         let (mut flags, mut active) = (0, 0);
@@ -101,8 +111,8 @@ impl Driver {
         status == 0 && active != 0
     }
 
-    /// Run `work` with `context` current, and calls that would end another thread's stream capture allowed.
-    pub fn within<T>(&self, context: usize, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    /// Make `context` current to this thread, and let its calls end no stream capture, until the answer is dropped.
+    pub fn enter(&'static self, context: usize) -> Result<Entered> {
         let mut mode = RELAXED;
         let mut current: Handle = std::ptr::null_mut();
         // SAFETY: places for one value each; neither call touches anything but this thread's own state.
@@ -110,23 +120,42 @@ impl Driver {
             self.check("cuThreadExchangeStreamCaptureMode", (self.exchange_capture_mode)(&mut mode))?;
             (self.current_context)(&mut current);
         }
-        let pushed = current as usize != context;
-        let entered = if pushed {
+        let mut entered = Entered { driver: self, mode, pushed: false, _of_this_thread: PhantomData };
+        if current as usize != context {
             // SAFETY: `context` is a primary context that is retained for as long as its `Device` lives.
-            self.check("cuCtxPushCurrent", unsafe { (self.push_context)(context as Handle) })
-        } else {
-            Ok(())
-        };
-        let result = entered.and_then(|()| {
-            let result = work();
-            if pushed {
-                // SAFETY: takes off what was pushed above; `current` is a place for its handle.
-                unsafe { (self.pop_context)(&mut current) };
+            self.check("cuCtxPushCurrent", unsafe { (self.push_context)(context as Handle) })?;
+            entered.pushed = true;
+        }
+        Ok(entered)
+    }
+
+    /// Run `work` as [`Driver::enter`] says.
+    pub fn within<T>(&'static self, context: usize, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let _entered = self.enter(context)?;
+        work()
+    }
+}
+
+/// A context that is current for a while, see [`Driver::enter`].
+pub(super) struct Entered {
+    driver: &'static Driver,
+    /// How the thread's calls stood to stream captures before.
+    mode: c_uint,
+    /// Whether the context had to be made current.
+    pushed: bool,
+    _of_this_thread: PhantomData<*const ()>,
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        let mut popped: Handle = std::ptr::null_mut();
+        // SAFETY: takes off what `enter` pushed, on the same thread, and puts back the mode that stood before; places for
+        // one value each.
+        unsafe {
+            if self.pushed {
+                (self.driver.pop_context)(&mut popped);
             }
-            result
-        });
-        // SAFETY: puts back the mode that the first call gave.
-        unsafe { (self.exchange_capture_mode)(&mut mode) };
-        result
+            (self.driver.exchange_capture_mode)(&mut self.mode);
+        }
     }
 }

@@ -161,10 +161,10 @@ impl Drop for Mailbox {
     /// Free the memory.
     fn drop(&mut self) {
         let driver = self.driver;
-        if std::process::id() != self.pid || !driver.is_active(self.device) {
-            return; // a fork's copy; or with the context went what was made in it
+        if std::process::id() != self.pid {
+            return; // a fork's copy
         }
-        let _ = driver.within(self.context, || {
+        let freed = || {
             // SAFETY: made in `allocate`, or not made, which the driver says. Nobody launches the graph any more, and to free
             // device memory waits for the replays on their way ("causes the GPU to synchronize across all executing CUDA
             // streams", CUDA C++ Programming Guide, "Stream Ordered Memory Allocator"), so it comes first.
@@ -174,8 +174,12 @@ impl Drop for Mailbox {
                 (driver.stream_destroy)(self.stream as Handle);
             }
             Ok(())
-        });
-        // SAFETY: retained in `new`.
+        };
+        if driver.is_active(self.device) {
+            // Else the context was reset, and with it went what was made in it.
+            let _ = driver.within(self.context, freed);
+        }
+        // SAFETY: retained in `new`; a reset does not release it.
         unsafe { (driver.release_context)(self.device) };
     }
 }

@@ -23,7 +23,7 @@ mod mailbox;
 use crate::error::{Error, Result};
 use crate::memory::{Mapped, Memory};
 use crate::rows::Landing;
-use driver::{Driver, Handle};
+use driver::{Driver, Entered, Handle};
 use events::{EVENT_PERIOD, Watcher};
 pub(crate) use mailbox::ByPost;
 pub use mailbox::Mailbox;
@@ -35,6 +35,8 @@ use std::time::{Duration, Instant};
 const REGISTER_FLAGS: c_uint = 1 | 2;
 /// CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS
 const CAN_WRITE_64: c_int = 122;
+/// CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED
+const CAN_REGISTER: c_int = 99;
 /// Longest wait, at the end, for copies that are on their way.
 const LANDING_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -101,6 +103,8 @@ pub(crate) struct Pinned {
     asked: Asked,
     /// How records were published so far; once a graph has, this says so.
     used: Option<Way>,
+    /// Whether the driver refused part of a record: neither it nor any behind it will ever land.
+    refused: bool,
 }
 
 /// What `EXPERT_LENS_PUBLISHER` asks for.
@@ -126,12 +130,17 @@ impl Pinned {
             }
         };
         let driver = Driver::get()?;
-        Ok(Self { driver, memory, devices: Vec::new(), watcher: None, asked, used: None })
+        Ok(Self { driver, memory, devices: Vec::new(), watcher: None, asked, used: None, refused: false })
     }
 
     /// How records were published; None if none was.
     pub fn way(&self) -> Option<Way> {
         self.used
+    }
+
+    /// Pin the arena, and make it known to a device.
+    pub fn prepare(&mut self, ordinal: i32) -> Result<()> {
+        self.device(ordinal).map(|_| ())
     }
 
     /// What brings rows of a device into the arena, on its raw stream.
@@ -140,7 +149,8 @@ impl Pinned {
         if self.used != Some(Way::Graph) {
             self.used = Some(if self.devices[at].by_event { Way::Event } else { Way::Stream });
         }
-        Ok(OnStream { pinned: self, at, stream: stream as usize })
+        let entered = self.driver.enter(self.devices[at].context)?;
+        Ok(OnStream { pinned: self, at, stream: stream as usize, _entered: entered })
     }
 
     /// A mailbox for a graph of that device, with `table` behind its state; None if another way to publish was asked for.
@@ -187,14 +197,15 @@ impl Pinned {
 
     fn add(&mut self, ordinal: c_int) -> Result<usize> {
         let driver = self.driver;
-        let (mut device, mut context, mut can_write): (c_int, Handle, c_int) = (0, std::ptr::null_mut(), 0);
-        // SAFETY: places for one value each; `device` is what the first call gave. Retaining the primary context, which
-        // torch uses too, keeps it alive until `Pinned` is dropped.
-        unsafe {
-            driver.check("cuDeviceGet", (driver.device_get)(&mut device, ordinal))?;
-            driver.check("cuDeviceGetAttribute", (driver.device_attribute)(&mut can_write, CAN_WRITE_64, device))?;
-            driver.check("cuDevicePrimaryCtxRetain", (driver.retain_context)(&mut context, device))?;
+        let (mut device, mut context): (c_int, Handle) = (0, std::ptr::null_mut());
+        // SAFETY: a place for one value.
+        driver.check("cuDeviceGet", unsafe { (driver.device_get)(&mut device, ordinal) })?;
+        if !driver.can(device, CAN_REGISTER) {
+            return Err(Error::Cuda { what: format!("device {ordinal} cannot register memory of the host") });
         }
+        // SAFETY: a place for one value; `device` is what the call above gave. Retaining the primary context, which torch
+        // uses too, keeps it alive until `Pinned` is dropped.
+        driver.check("cuDevicePrimaryCtxRetain", unsafe { (driver.retain_context)(&mut context, device) })?;
         let first = self.devices.is_empty();
         let (address, len) = (self.memory.address(), self.memory.len() * 8);
         let mut base = 0;
@@ -217,7 +228,7 @@ impl Pinned {
             unsafe { (driver.release_context)(device) };
             return Err(error);
         }
-        let by_event = self.asked == Asked::Event || can_write == 0;
+        let by_event = self.asked == Asked::Event || !driver.can(device, CAN_WRITE_64);
         if by_event {
             self.watcher()?;
         }
@@ -226,11 +237,15 @@ impl Pinned {
     }
 
     /// Let the copies that are on their way land: `landed` says whether they have. If they do not within
-    /// [`LANDING_TIMEOUT`], the mapping is leaked, pinned as it is, because a device may still write to it.
+    /// [`LANDING_TIMEOUT`], the mapping is leaked, pinned as it is, because a device may still write to it. Where the
+    /// driver has refused a record there is nothing to wait for but what the devices do.
     pub fn settle(&mut self, landed: impl Fn() -> bool) {
         let deadline = Instant::now() + LANDING_TIMEOUT;
         while !landed() {
-            if Instant::now() >= deadline {
+            if self.refused && self.synchronize().is_ok() {
+                return;
+            }
+            if self.refused || Instant::now() >= deadline {
                 std::mem::forget((Arc::clone(&self.memory), self.watcher.take()));
                 self.devices.clear();
                 return;
@@ -238,50 +253,67 @@ impl Pinned {
             std::thread::sleep(EVENT_PERIOD);
         }
     }
+
+    /// Wait until the devices have done all that was asked of them.
+    fn synchronize(&self) -> Result<()> {
+        for device in &self.devices {
+            // SAFETY: takes nothing; the context is current.
+            let status = |driver: &Driver| unsafe { (driver.synchronize_context)() };
+            self.driver.within(device.context, || self.driver.check("cuCtxSynchronize", status(self.driver)))?;
+        }
+        Ok(())
+    }
 }
 
 impl Drop for Pinned {
     fn drop(&mut self) {
         self.watcher = None;
         let (driver, address) = (self.driver, self.memory.address());
-        // If a context is gone before us, so is what was made in it, and our hold on it: nothing is left to undo.
-        self.devices.retain(|device| driver.is_active(device.device));
-        if let Some(first) = self.devices.first() {
-            // SAFETY: registered in `add`; `settle` has seen every copy land, so no device writes there any more.
-            let _ = driver
-                .within(first.context, || driver.check("cuMemHostUnregister", unsafe { (driver.unregister)(address) }));
+        // If a context was reset before us, what was made in it is gone.
+        if let Some(device) = self.devices.iter().find(|device| driver.is_active(device.device)) {
+            let unpin = || {
+                // SAFETY: registered in `add`, portable, so that any context will do; `settle` has seen every copy land, or
+                // the devices be done, so no device writes there any more.
+                driver.check("cuMemHostUnregister", unsafe { (driver.unregister)(address) })
+            };
+            let _ = driver.within(device.context, unpin);
         }
         for device in &self.devices {
-            // SAFETY: retained in `add`, once for each entry.
+            // SAFETY: retained in `add`, once for each entry. A reset does not release it (CUDA driver API, "Primary Context
+            // Management", `cuDevicePrimaryCtxReset`).
             unsafe { (driver.release_context)(device.device) };
         }
     }
 }
 
-/// Copies and publishes on one stream.
+/// Copies and publishes on one stream, whose context is current meanwhile.
 pub(crate) struct OnStream<'a> {
     pinned: &'a mut Pinned,
     at: usize,
     /// Its CUstream.
     stream: usize,
+    _entered: Entered,
+}
+
+impl OnStream<'_> {
+    /// What the driver said, noted.
+    fn noted(&mut self, said: Result<()>) -> Result<()> {
+        self.pinned.refused |= said.is_err();
+        said
+    }
 }
 
 impl Landing for OnStream<'_> {
     fn copy(&mut self, at: usize, address: u64, len: usize) -> Result<()> {
-        let Pinned { driver, memory, devices, .. } = &*self.pinned;
+        let Pinned { driver, memory, .. } = &*self.pinned;
         assert!(at * 8 + len <= memory.len() * 8, "the writer reserved what it copies to");
-        driver.within(devices[self.at].context, || {
-            // SAFETY: the target is `len` bytes of the pinned mapping, reserved for this record; nobody else writes there
-            // until the record has landed (`Writer::make_room`). The source is the caller's: `Writer::publish_device`.
-            driver.check("cuMemcpyDtoHAsync", unsafe {
-                (driver.copy_to_host)(
-                    memory.address().cast::<u8>().add(at * 8).cast(),
-                    address,
-                    len,
-                    self.stream as Handle,
-                )
-            })
-        })
+        // SAFETY: the target is `len` bytes of the pinned mapping, reserved for this record; nobody else writes there until
+        // the record has landed (`Writer::make_room`). The source is the caller's: `Writer::publish_device`.
+        let said = driver.check("cuMemcpyDtoHAsync", unsafe {
+            let target = memory.address().cast::<u8>().add(at * 8).cast();
+            (driver.copy_to_host)(target, address, len, self.stream as Handle)
+        });
+        self.noted(said)
     }
 
     fn publish(&mut self, at: usize, value: u64) -> Result<()> {
@@ -289,13 +321,14 @@ impl Landing for OnStream<'_> {
         let Pinned { driver, memory, devices, watcher, .. } = &mut *self.pinned;
         let device = &devices[self.at];
         assert!(at < memory.len(), "the writer publishes in its arena");
-        driver.within(device.context, || match watcher {
+        let said = match watcher {
             Some(watcher) if device.by_event => watcher.watch(stream, device.context, at, value, None),
             // SAFETY: the word lies in the pinned mapping, where the device knows it as `base + at * 8`. Flag 0 keeps the
             // barrier before the store.
             _ => driver.check("cuStreamWriteValue64", unsafe {
                 (driver.write_value)(stream, device.base + at as u64 * 8, value, 0)
             }),
-        })
+        };
+        self.noted(said)
     }
 }
