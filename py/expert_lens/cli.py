@@ -81,7 +81,8 @@ def record_capture(name: str, folder: str, directory: str | None) -> int:
 
 def _line(recording: "Recording") -> str:
     stats = recording.stats
+    left_out = f"{stats['left_out_tokens']} not told by all stages, " if stats["left_out_tokens"] else ""
     return (
         f"{stats['tokens']} tokens in {stats['parts']} parts, {stats['bytes'] / 2**20:.1f} MiB, "
-        f"{stats['dropped_tokens']} dropped, {stats['skipped_records']} records gone before resuming"
+        f"{stats['dropped_tokens']} dropped, {left_out}{stats['skipped_records']} records gone before resuming"
     )

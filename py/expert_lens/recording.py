@@ -52,6 +52,7 @@ class Recording:
         self._state: Literal["running", "ended", "failed"] = "running"
         self._error: Exception | None = None
         self._tokens = self._parts = self._bytes = self._unattributed = self._corrupt = self._dropped = 0
+        self._left_out = 0
         try:
             trace.check_folder(folder, self._facts)
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -82,6 +83,7 @@ class Recording:
             "bytes": self._bytes,
             "unattributed_tokens": self._unattributed,
             "dropped_tokens": self._dropped,
+            "left_out_tokens": self._left_out,
             "corrupt_records": self._corrupt,
             "skipped_records": self._skipped,
             "error": None if self._error is None else f"{type(self._error).__name__}: {self._error}",
@@ -130,6 +132,7 @@ class Recording:
                     self._write(block)
                 self._stream.release()
                 self._dropped = self._stream.dropped_tokens
+                self._left_out = self._stream.left_out_tokens
             self._state = "ended"
         except Exception as error:  # raised by `wait` and `close`, shown in `stats`
             self._error = error

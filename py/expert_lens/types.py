@@ -138,6 +138,8 @@ class RecordingStats(TypedDict):
     """Rows of no request: not written."""
     dropped_tokens: int
     """Rows that the publishers dropped since the recording began."""
+    left_out_tokens: int
+    """Rows that not all pipeline stages told of (one had dropped them, say), and that are not written."""
     corrupt_records: int
     """Records that contradicted themselves and were left out."""
     skipped_records: int

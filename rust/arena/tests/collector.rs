@@ -431,6 +431,19 @@ fn ranks_are_read_together_and_one_that_starts_later_joins() {
 }
 
 #[test]
+fn an_id_that_another_replica_uses_too_is_another_request() {
+    let root = folder();
+    let (mut first, mut second) = (rank(root.path(), 0, 8), rank(root.path(), 1, 8));
+    let collector = open(root.path(), 1 << 30).unwrap();
+    for (publisher, rows) in [(&mut first, 6), (&mut second, 4)] {
+        run_requests(publisher, 1..2, rows);
+        sync(&collector);
+    }
+    let held: Vec<_> = collector.requests().iter().map(|r| (r.request.clone(), r.tokens, r.arena)).collect();
+    assert_eq!(held, [(name(1), 6, 0), (format!("{}#2", name(1)), 4, 1)]);
+}
+
+#[test]
 fn options_that_make_no_sense_are_refused() {
     let root = folder();
     let _publisher = publisher(root.path(), 1 << 20, &facts(8, false), OnFull::Drop);

@@ -400,3 +400,50 @@ fn a_replica_without_one_of_its_stages_keeps_no_recorder_from_its_end() {
     assert!(recorder.stream.is_over());
     assert_eq!(recorder.rows.iter().map(|row| row.0.as_str()).collect::<Vec<_>>(), ["of 1", "of 1"]);
 }
+
+#[test]
+fn a_forward_that_each_stage_splits_at_other_rows_is_put_together_again() {
+    let folder = folder();
+    let mut publishers = publishers(folder.path(), 16, false, &[0, 1, 2]);
+    let mut recorder = Recorder::new(folder.path(), 16);
+    let positions: Vec<u32> = (0..40_000).collect();
+    let span = |number, first_row, rows| Span {
+        number,
+        request: format!("of {number}"),
+        first_row,
+        rows,
+        prompt_tokens: rows,
+        phase: Phase::Prefill,
+    };
+    for (stage, publisher) in publishers.iter_mut().enumerate() {
+        publisher.set_batch(vec![span(1, 0, 25_000), span(2, 25_000, 15_000)]).unwrap();
+        let experts = vec![stage as u8; positions.len() * LAYERS[stage].len() * TOP_K];
+        let rows = Rows { experts: &experts, token_ids: None, positions: &positions, kv_slots: None, weights: None };
+        assert_eq!(publisher.publish(&rows).unwrap().rows, positions.len());
+    }
+    publishers.clear();
+    while !recorder.stream.is_over() {
+        recorder.write();
+    }
+    assert_eq!((recorder.rows.len(), recorder.stream.left_out_rows()), (40_000, 0));
+    assert!(recorder.rows.iter().all(|row| row.3 == [0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 2]));
+    assert_eq!(recorder.rows.iter().filter(|row| row.0 == "of 2").count(), 15_000);
+}
+
+#[test]
+fn what_one_stage_dropped_is_left_out_and_counted() {
+    let folder = folder();
+    let mut publishers = publishers(folder.path(), 16, false, &[0, 1, 2]);
+    let mut recorder = Recorder::new(folder.path(), 16);
+    let span = Span { number: 1, request: "a".into(), first_row: 0, rows: 2, prompt_tokens: 2, phase: Phase::Prefill };
+    for (stage, publisher) in publishers.iter_mut().enumerate() {
+        let told = Job::Step(1, vec![(0, 0), (0, 1)], vec![span.clone()]);
+        run(publisher, stage, 16, false, if stage == 1 { &Job::Drop(2) } else { &told });
+        run(publisher, stage, 16, false, &Job::Step(2, vec![(0, 2)], vec![Span { rows: 1, ..span.clone() }]));
+    }
+    publishers.clear();
+    while !recorder.stream.is_over() {
+        recorder.write();
+    }
+    assert_eq!((recorder.rows.len(), recorder.stream.left_out_rows()), (1, 2));
+}

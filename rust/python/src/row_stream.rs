@@ -110,6 +110,11 @@ impl RowStream {
     }
 
     #[getter]
+    fn left_out_tokens(&self, py: Python<'_>) -> PyResult<u64> {
+        self.with(py, |stream| Ok(stream.left_out_rows()))
+    }
+
+    #[getter]
     fn dropped_tokens(&self, py: Python<'_>) -> PyResult<u64> {
         self.with(py, |stream| Ok(stream.dropped_rows()))
     }

@@ -28,6 +28,11 @@ impl What {
         }
     }
 
+    /// How many they are.
+    fn len(&self) -> usize {
+        self.rows().map_or(0, Rows::len)
+    }
+
     /// The phase of a span's rows.
     pub fn phase(&self, span: &Span) -> Phase {
         if matches!(self, Self::Prefix(_)) { Phase::Prefill } else { span.phase }
@@ -68,8 +73,9 @@ impl Rows {
 
     fn add(&mut self, step: &Step<'_>) {
         let (before, n) = (self.len(), self.len() + step.rows);
-        let spans = step.batch.map_or(&[][..], |spans| spans);
-        self.spans.extend(spans.iter().map(|span| Span { first_row: span.first_row + before as u32, ..span.clone() }));
+        for span in step.batch.map_or(&[][..], |spans| spans) {
+            self.add_span(Span { first_row: span.first_row + before as u32, ..span.clone() });
+        }
         self.positions.extend_from_slice(step.positions);
         match step.token_ids {
             Some(ids) => self.token_ids.extend_from_slice(ids),
@@ -84,6 +90,19 @@ impl Rows {
         self.known.resize(n, true);
         self.experts.extend_from_slice(step.experts);
         self.weights.extend_from_slice(step.weights.unwrap_or_default());
+    }
+
+    /// A step that was split goes on with the span in which it was: stages split theirs at rows of their own.
+    fn add_span(&mut self, span: Span) {
+        match self.spans.last_mut() {
+            Some(last)
+                if (last.number, last.phase) == (span.number, span.phase)
+                    && last.first_row + last.rows == span.first_row =>
+            {
+                last.rows += span.rows;
+            }
+            _ => self.spans.push(span),
+        }
     }
 
     fn of_prefix(prefix: &CachedPrefix<'_>, facts: &Facts, slots: &Slots) -> Self {
@@ -190,8 +209,8 @@ impl Stage {
 pub(super) enum Next {
     /// An end of the first stage, or the same of each stage, in their order.
     All(Vec<What>),
-    /// Some of the stages alone had told what was next: it is left out.
-    LeftOut,
+    /// Some of the stages alone had told what was next, so many rows: it is left out.
+    LeftOut(usize),
     /// A stage has told nothing yet.
     Wait,
 }
@@ -207,8 +226,9 @@ pub(super) fn next(stages: &mut [Stage]) -> Next {
             return Next::Wait;
         }
         // What a stage that has ended has not told, it never will.
-        let left_out = stages.iter_mut().filter_map(|stage| stage.told.pop_front()).count();
-        return if left_out > 0 { Next::LeftOut } else { Next::Wait };
+        let left_out: Vec<Item> = stages.iter_mut().filter_map(|stage| stage.told.pop_front()).collect();
+        let rows = left_out.iter().map(|item| item.what.len()).max();
+        return rows.map_or(Next::Wait, Next::LeftOut);
     };
     let oldest = *keys.iter().min().expect("a replica has stages");
     let behind = stages.iter_mut().zip(&keys).filter(|(_, key)| **key == oldest);
@@ -216,6 +236,6 @@ pub(super) fn next(stages: &mut [Stage]) -> Next {
     if told.len() == keys.len() && told.iter().all(|what| what.is_alike(&told[0])) {
         Next::All(told)
     } else {
-        Next::LeftOut
+        Next::LeftOut(told.iter().map(What::len).max().unwrap_or_default())
     }
 }

@@ -355,7 +355,7 @@ impl Inner {
                 reader.release(reader.cursor());
                 return false;
             }
-            Ok(Some(Record::End(end))) if part.is_first() => self.store.finish(arena, &end),
+            Ok(Some(Record::End(end))) if part.is_first() => self.store.finish(part.replica(), arena, &end),
             Ok(Some(Record::End(_))) => {}
             Ok(Some(Record::Step(step))) => {
                 time_ns = step.time_ns;
@@ -363,7 +363,7 @@ impl Inner {
                 let resolve = |span: &Span| Resolved {
                     rows: span.first_row as usize..(span.first_row + span.rows) as usize,
                     phase: span.phase,
-                    key: store.key_of(arena, span),
+                    key: store.key_of(part.replica(), arena, span),
                 };
                 let spans = self.batches[arena].spans(step.batch, resolve);
                 let (counts, history) = (&mut self.counts, &mut self.histories[part.stage]);
@@ -387,7 +387,7 @@ impl Inner {
                 }
                 for span in &prefix.spans {
                     let rows = span.first_row as usize..(span.first_row + span.rows) as usize;
-                    if let Some(key) = self.store.key_of(arena, span) {
+                    if let Some(key) = self.store.key_of(part.replica(), arena, span) {
                         self.store.add_prefix(&self.facts, part, key, slots, &prefix.kv_slots[rows]);
                     }
                 }

@@ -35,6 +35,9 @@ impl Slots {
             let slot = slot as usize;
             if slot >= limit {
                 self.unkept += 1;
+                if let Some(phase) = self.rows.phases.get_mut(slot) {
+                    *phase = MISSING; // kept while the budget was larger, before another rank came
+                }
                 continue;
             }
             let rows = &mut self.rows;

@@ -32,6 +32,11 @@ impl Part {
         self.stage == 0
     }
 
+    /// Which replica of the model it is of.
+    pub fn replica(&self) -> u32 {
+        self.facts.rank / self.stages as u32
+    }
+
     /// Whether the model has no other stage.
     pub fn is_whole(&self) -> bool {
         self.stages == 1

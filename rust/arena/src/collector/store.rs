@@ -128,7 +128,10 @@ struct RowPart<'a> {
 }
 
 struct Request {
+    /// The id that it goes by here, and the one that its replica gives it: another replica may have had that one before.
     id: String,
+    told: String,
+    replica: u32,
     arena: usize,
     number: u64,
     state: State,
@@ -276,7 +279,10 @@ pub(super) struct Store {
     /// Of these, what KV slots take.
     reserved: usize,
     requests: SlotMap<Key, Request>,
+    /// By the id that it goes by here.
     by_id: HashMap<String, Key>,
+    /// By replica of the model, and the id that this one gives it.
+    told: HashMap<u32, HashMap<String, Key>>,
     /// Every request that is held, oldest first; finished ones are looked for from the front.
     order: VecDeque<Key>,
     evicted: VecDeque<String>,
@@ -294,6 +300,7 @@ impl Store {
             reserved: 0,
             requests: SlotMap::with_key(),
             by_id: HashMap::new(),
+            told: HashMap::new(),
             order: VecDeque::new(),
             evicted: VecDeque::new(),
             evicted_requests: 0,
@@ -306,14 +313,15 @@ impl Store {
     }
 
     /// The key of a span's request: the one known, or a new one. A known id with another number is another request,
-    /// which takes the place of the earlier.
-    pub fn key_of(&mut self, arena: usize, span: &Span) -> Option<Key> {
+    /// which takes the place of the earlier; from another replica it is another request too, and gets `#2`, `#3`, ...
+    /// appended.
+    pub fn key_of(&mut self, replica: u32, arena: usize, span: &Span) -> Option<Key> {
         if span.number == 0 {
             return None;
         }
-        if let Some(&key) = self.by_id.get(&span.request) {
+        if let Some(key) = self.find(replica, &span.request) {
             let held = &mut self.requests[key];
-            // Another arena's rows under the same id are the same request, seen by another rank.
+            // Another arena's rows under the same id are the same request, seen by another stage.
             if held.arena != arena || held.number == span.number {
                 held.prompt_tokens = held.prompt_tokens.max(span.prompt_tokens);
                 return Some(key);
@@ -321,8 +329,13 @@ impl Store {
             self.remove(key);
         }
         self.bytes += REQUEST_BYTES;
+        let again = (2..).map(|use_| format!("{}#{use_}", span.request));
+        let mut ids = std::iter::once(span.request.clone()).chain(again);
+        let id = ids.find(|id| !self.by_id.contains_key(id)).expect("there is no end of them");
         let key = self.requests.insert(Request {
-            id: span.request.clone(),
+            id: id.clone(),
+            told: span.request.clone(),
+            replica,
             arena,
             number: span.number,
             state: State::Running,
@@ -331,10 +344,16 @@ impl Store {
             present: 0,
             rows: RequestRows::default(),
         });
-        self.by_id.insert(span.request.clone(), key);
+        self.by_id.insert(id, key);
+        self.told.entry(replica).or_default().insert(span.request.clone(), key);
         self.order.push_back(key);
         self.make_room(key);
         Some(key)
+    }
+
+    /// The request that a replica knows by this id.
+    fn find(&self, replica: u32, told: &str) -> Option<Key> {
+        self.told.get(&replica)?.get(told).copied()
     }
 
     /// Keep rows `range` of a step for a request. `facts`: of the whole model; `part`: what the step has of it.
@@ -395,8 +414,8 @@ impl Store {
         self.budget / 2
     }
 
-    pub fn finish(&mut self, arena: usize, end: &End) {
-        let Some(&key) = self.by_id.get(&end.request) else {
+    pub fn finish(&mut self, replica: u32, arena: usize, end: &End) {
+        let Some(key) = self.find(replica, &end.request) else {
             return;
         };
         let request = &mut self.requests[key];
@@ -474,6 +493,9 @@ impl Store {
         let request = self.requests.remove(key).expect("keys in `order` are held");
         self.bytes -= REQUEST_BYTES + request.rows.bytes();
         self.by_id.remove(&request.id);
+        if let Some(told) = self.told.get_mut(&request.replica) {
+            told.remove(&request.told);
+        }
         // Nearly always the first.
         if let Some(at) = self.order.iter().position(|&held| held == key) {
             self.order.remove(at);

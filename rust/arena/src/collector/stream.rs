@@ -93,6 +93,7 @@ pub struct RowStream {
     slots: Vec<Slots>,
     /// Of a model in several pipeline stages, those of which every stage has come.
     replicas: Vec<Replica>,
+    left_out_rows: u64,
     skipped: u64,
     /// For each arena, the record after the last one that a block gave out; at first, the one to begin with.
     taken: Vec<u64>,
@@ -140,6 +141,7 @@ impl RowStream {
             batches: Vec::new(),
             slots: Vec::new(),
             replicas: Vec::new(),
+            left_out_rows: 0,
             skipped,
             taken: Vec::new(),
             emptied: false,
@@ -174,6 +176,12 @@ impl RowStream {
     #[must_use]
     pub fn skipped_records(&self) -> u64 {
         self.skipped
+    }
+
+    /// Rows that not all pipeline stages told of, and that were left out.
+    #[must_use]
+    pub fn left_out_rows(&self) -> u64 {
+        self.left_out_rows
     }
 
     /// Rows that the writers have dropped since this stream began.
@@ -270,7 +278,10 @@ impl RowStream {
         }
         let told = match join::next(&mut self.replicas[replica].stages) {
             Next::All(told) => told,
-            Next::LeftOut => return true,
+            Next::LeftOut(rows) => {
+                self.left_out_rows += rows as u64;
+                return true;
+            }
             Next::Wait => return read,
         };
         let index = self.range_of(self.replicas[replica].arenas[0]);
