@@ -76,6 +76,16 @@ class Sources:
                 found.add(node.id)
         return found
 
+    def annotated(self, folder: str) -> set[str]:
+        """What the classes of the modules in a folder declare with a type."""
+        texts = [
+            self._wheel.read(name).decode() for name in self._names if name.startswith(folder) and name[-3:] == ".py"
+        ]
+        nodes = (node for text in texts for node in ast.walk(ast.parse(text)))
+        return {
+            node.target.id for node in nodes if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        }
+
     def calls(self, module: str, method: str) -> list[set[str | None]]:
         """The keywords of each call of `something.method(...)` in the module."""
         tree = self.tree(module)

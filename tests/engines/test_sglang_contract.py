@@ -5,10 +5,11 @@ The newest release that the registry has is among them, so that one which breaks
 
 import ast
 import inspect
+import re
 
 import pytest
 
-from expert_lens.engines.sglang import contract
+from expert_lens.engines.sglang import contract, layout, model
 from sglang_sources import Sources, download
 
 OLDEST, BETWEEN = "0.5.11", "0.5.15"
@@ -119,7 +120,7 @@ def test_drafted_tokens_are_judged_where_we_listen(sources: Sources) -> None:
 def test_the_runner_says_what_the_model_is(sources: Sources) -> None:
     needed = {
         "is_draft_worker", "model_config", "server_args", "req_to_token_pool", "max_total_num_tokens", "page_size",
-        "max_running_requests", "device", "model",
+        "max_running_requests", "device", "gpu_id", "model",
     }  # fmt: skip
     runner = "sglang.srt.model_executor.model_runner"
     found = sources.fields(f"{runner}:ModelRunner")
@@ -142,3 +143,20 @@ def test_the_runner_says_what_the_model_is(sources: Sources) -> None:
 def test_an_engine_tells_its_processes(sources: Sources) -> None:
     assert sources.parameters("sglang.srt.entrypoints.engine:Engine.get_all_child_pids") == {"self"}
     assert sources.find("sglang.srt.plugins:load_plugins") is not None
+
+
+NEWER = {"enable_flexkv", "enable_unified_cache_external_linker", "radix_cache_backend"}
+"""Options that the oldest release has not."""
+
+
+def test_the_options_that_are_asked_for_are_those_that_it_has(sources: Sources) -> None:
+    """Of one that goes by another name now it would be thought that it is off."""
+    askers = (layout.refuse_unknown, model.facts, model.largest_forward, model._slots_are_lasting)
+    text = "".join(inspect.getsource(asker) for asker in askers)
+    asked = {*re.findall(r'getattr\((?:runner\.server_)?args, "(\w+)"', text), "attn_cp_size", *model.CACHES_ELSEWHERE}
+    assert len(asked) >= 14
+    has = sources.fields("sglang.srt.server_args:ServerArgs") | sources.annotated("sglang/srt/arg_groups/fields/")
+    lacking = asked - has - (NEWER if sources.version == OLDEST else set())
+    if sources.version == BETWEEN:
+        lacking -= {"enable_flexkv", "enable_unified_cache_external_linker"}
+    assert not lacking, f"SGLang {sources.version} has no option {', '.join(sorted(lacking))}"

@@ -84,6 +84,7 @@ def test_a_padded_forward_of_one_rank_begins_with_its_rows() -> None:
         ({}, {"enable_two_batch_overlap": True}, "none", "--enable-two-batch-overlap"),
         ({}, {"enable_pdmux": True}, "none", "--enable-pdmux"),
         ({}, {"kt_weight_path": "weights/"}, "none", "--kt-weight-path"),
+        ({"pp_size": 2}, {"enable_dynamic_chunking": True}, "none", "--enable-dynamic-chunking with pipeline stages"),
     ],
 )
 def test_what_gives_no_whole_rows_is_refused_by_name(
@@ -95,4 +96,5 @@ def test_what_gives_no_whole_rows_is_refused_by_name(
 
 def test_what_gives_whole_rows_is_not_refused() -> None:
     refuse_unknown(layout(attn_tp_size=4), SimpleNamespace(), "none")
+    refuse_unknown(layout(), SimpleNamespace(enable_dynamic_chunking=True), "none")
     refuse_unknown(layout(attn_dp_size=4), SimpleNamespace(enable_pdmux=False, kt_weight_path=None), "deepep")

@@ -49,8 +49,8 @@ def experts_of(request: str, position: int, time: int) -> Any:
 
 class Scheduler:
     """Puts requests together as SGLang does: prompts in chunks, decodes beside them, prefixes from the cache,
-    retraction, ends that are seen when the next step is put together already. It tells expert_lens through the same calls as
-    the hooks, and keeps itself what each KV slot holds.
+    retraction, ends that are seen when the next step is put together already. It tells expert_lens through the same
+    calls as the hooks, and keeps itself what each KV slot holds.
     """
 
     def __init__(self, tap: Tap, seed: int) -> None:
@@ -243,6 +243,11 @@ class Known:
         positions = np.arange(start, start + length, dtype=np.uint32)
         self.writer.publish(np.zeros((length, 1, 1), np.uint8), None, positions)
 
+    def decode(self, req: Req, position: int) -> None:
+        batch = SimpleNamespace(rids=[req.rid], seq_lens_cpu=torch.tensor([position + 1]))
+        self.tap.set_batch(self.requests.decode(batch))
+        self.writer.publish(np.zeros((1, 1, 1), np.uint8), None, np.array([position], np.uint32))
+
     def states(self) -> dict[str, tuple[str, int, int]]:
         assert self.collector.sync(5.0)
         told = self.collector.requests()
@@ -277,13 +282,47 @@ def test_an_id_that_comes_again_before_its_end_was_told_is_another_request(known
     assert known.states() == {"same": ("aborted", 4, 0), "same#2": ("running", 3, 0)}
 
 
-def test_a_request_that_is_about_to_be_aborted_has_ended_when_its_slots_go(known: Known) -> None:
-    """The last one, for which there is no room even so."""
+def test_a_retracted_request_keeps_what_it_had_decoded_when_it_is_given_up(known: Known) -> None:
+    lost = Req("lost", 4, 9)
+    known.forward(lost, 0, 4)
+    for position in range(4, 7):
+        lost.output_ids.append(0)
+        known.decode(lost, position)
+    lost.output_ids.append(0)
+    known.requests.release(lost)
+    del lost
+    known.forward(Req("next", 2, 9), 0, 2)
+    assert known.states()["lost"] == ("aborted", 7, 0)
+
+
+def test_a_request_that_is_about_to_be_aborted_and_is_retracted_is_the_same_when_it_comes_again(known: Known) -> None:
+    req = Req("late", 4, 9)
+    known.forward(req, 0, 4)
+    req.to_finish = FINISH_ABORT()
+    known.requests.release(req)
+    known.forward(req, 0, 4)
+    req.finished_reason = req.to_finish
+    known.requests.release(req)
+    assert known.states() == {"late": ("aborted", 4, 0)}
+
+
+def test_the_last_request_for_which_there_is_no_room_even_so_has_ended(known: Known) -> None:
+    """It is retracted and aborted at once; that it is gone shows when the next request comes or goes."""
     req = Req("last", 4, 9)
     known.forward(req, 0, 4)
     req.to_finish = FINISH_ABORT()
     known.requests.release(req)
-    assert known.states() == {"last": ("aborted", 4, 0)}
+    del req
+    known.forward(Req("next", 2, 9), 0, 2)
+    assert known.states()["last"] == ("aborted", 4, 0)
+
+
+def test_lengths_that_the_engines_cpu_does_not_know_are_not_asked_for(known: Known) -> None:
+    req = Req("drafted", 4, 9)
+    known.forward(req, 0, 4)
+    batch = SimpleNamespace(rids=["drafted", "elsewhere"], seq_lens_cpu=None)
+    spans = known.requests.decode(batch, width=3)
+    assert [span[1:] for span in spans] == [("drafted", 0, 3, 4, "decode"), ("elsewhere", 3, 3, 0, "decode")]
 
 
 def test_a_servers_health_checks_are_nobodys(known: Known) -> None:

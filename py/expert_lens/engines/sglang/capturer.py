@@ -28,7 +28,7 @@ from expert_lens.engines.sglang.requests import Requests
 from expert_lens.engines.sglang.static import StaticExperts
 from expert_lens.errors import EngineHookError
 from expert_lens.graphs import GraphStep, ReplayRows
-from expert_lens.tap import Rows, Step, Tap
+from expert_lens.tap import Rows, Step, Tap, relaxed_capture
 
 if TYPE_CHECKING:
     from expert_lens.types import Span
@@ -297,8 +297,9 @@ class Capturer:
         if not (found := self.requests.from_cache(batch)):
             return
         table = self._runner.req_to_token_pool.req_to_token
-        # Pinned, so that the copy is not waited for.
-        places = torch.tensor([place for place, _ in found], pin_memory=True).to(table.device, non_blocking=True)
+        with relaxed_capture():
+            # Pinned, so that the copy is not waited for.
+            places = torch.tensor([place for place, _ in found], pin_memory=True).to(table.device, non_blocking=True)
         rows = batch.req_pool_indices.index_select(0, places)
         longest = max(span[3] for _, span in found)
         slots = table[:, :longest].index_select(0, rows)

@@ -87,6 +87,9 @@ def refuse_unknown(layout: Layout, args: Any, a2a_backend: Any) -> None:
         "tokens": layout.attn_tp_size > 1 and str(a2a_backend) != "none",
         "--enable-two-batch-overlap, which runs each layer twice": getattr(args, "enable_two_batch_overlap", False),
         "--enable-pdmux, which runs a forward in several parts": getattr(args, "enable_pdmux", False),
+        "--enable-dynamic-chunking with pipeline stages, whose trial forwards are of the first stage alone": (
+            layout.pp_size > 1 and getattr(args, "enable_dynamic_chunking", False)
+        ),
         "--kt-weight-path, where ids are changed after they were chosen": getattr(args, "kt_weight_path", None),
     }
     if found := [reason for reason, there in reasons.items() if there]:

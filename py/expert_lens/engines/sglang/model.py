@@ -16,8 +16,9 @@ CACHES_ELSEWHERE = (
     "enable_flexkv",
     "enable_unified_cache_external_linker",
     "enable_hisparse",
+    "radix_cache_backend",
 )
-"""Options of SGLang by which KV comes from where no forward here has written it."""
+"""Options of SGLang by which KV comes, or may come, from where no forward here has written it."""
 
 
 def _routed_layers(model: Any) -> list[int]:

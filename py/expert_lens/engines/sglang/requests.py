@@ -29,7 +29,7 @@ class _Request:
         """SGLang's own, where it was seen: an id may come again while the one before was never said to have ended."""
         self.prompt_tokens = prompt_tokens
         self.end = 0
-        """How many positions its extends have reached."""
+        """How many positions its extends have reached, or it had when it was retracted."""
         self.running = False
         """Whether it has KV slots of its own: from its first extend on, until it ends or is retracted."""
 
@@ -78,9 +78,9 @@ class Requests:
     def decode(self, batch: Any, width: int = 1) -> list[Span]:
         """The spans of a decode step, `width` rows a request; the same list as long as the batch stays the same."""
         if batch.rids != self._decoding or width != self._width:
-            lengths = batch.seq_lens_cpu
+            live = self._live
             self._spans = [
-                self._span(self._find(rid, int(lengths[at]) - 1), at * width, width, "decode")
+                self._span(live.get(rid) or self._unknown(rid, batch, at), at * width, width, "decode")
                 for at, rid in enumerate(batch.rids)
             ]
             self._decoding, self._width = list(batch.rids), width
@@ -92,7 +92,7 @@ class Requests:
         spans: list[Span] = []
         row = 0
         for rid, start, length in zip(batch.rids, batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu, strict=True):
-            request = self._find(rid, start + length)
+            request = self._live.get(rid) or self._nobody(rid) or self._add(rid, start + length)
             if not request.running:
                 request.running = True
                 self._retracted.discard(rid)
@@ -119,12 +119,16 @@ class Requests:
 
     def release(self, req: Any) -> None:
         """A request gave its KV slots back: it has ended, or was retracted and will begin again."""
+        self._sweep()
         request = self._live.get(req.rid)
         if request is None or (request.req is not None and request.req() is not req):
             return
-        reason = req.finished_reason or getattr(req, "to_finish", None)
+        reason = req.finished_reason
         if reason is None:
+            # Be it that it will be aborted: it may wait for another turn before that, or be dropped without a word.
             request.running = False
+            if req.output_ids:
+                request.end = len(req.origin_input_ids) + len(req.output_ids) - 1
             self._retracted.add(req.rid)
             return
         # A step that overlapped the end may have run past it, and one over drafted tokens may have given more of them.
@@ -136,19 +140,23 @@ class Requests:
 
     def _end(self, rid: str, positions: int, state: Literal["finished", "aborted"]) -> None:
         request = self._live.pop(rid)
-        self._ended.add(rid)
+        if self._tap.active:  # else no forward comes by any more that would clear it
+            self._ended.add(rid)
         self._retracted.discard(rid)
         self._decoding = None
         if request.number:
             self._tap.finish(request.number, request.id, positions, state)
 
-    def _find(self, rid: str, prompt_tokens: int) -> _Request:
-        """The request in a forward; one of which nothing was said before (as where prompts are computed elsewhere) has
-        as many prompt tokens.
+    def _nobody(self, rid: str) -> _Request | None:
+        """Whose a row of a request is that has ended already; None if it has not."""
+        return _Request("", 0, 0, None) if rid in self._ended else None
+
+    def _unknown(self, rid: str, batch: Any, at: int) -> _Request:
+        """The request at that place of a decode step of which nothing was said before, as where prompts are computed
+        elsewhere: what it had then was its prompt, where the engine's CPU knows how much that is.
         """
-        if (request := self._live.get(rid)) is not None:
-            return request
-        return _Request("", 0, 0, None) if rid in self._ended else self._add(rid, prompt_tokens)
+        lengths = batch.seq_lens_cpu
+        return self._nobody(rid) or self._add(rid, 0 if lengths is None else int(lengths[at]) - 1)
 
     def _add(self, rid: str, prompt_tokens: int, req: Any = None) -> _Request:
         nobody = rid.startswith(HEALTH_CHECK)
