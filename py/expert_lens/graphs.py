@@ -16,26 +16,22 @@ import importlib.util
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from expert_lens._core import MAILBOX_ENTRIES, Writer, exchange_capture_mode
+from expert_lens._core import MAILBOX_ENTRIES, Writer
 from expert_lens.errors import UnsupportedModelError
-from expert_lens.tap import U32, Rows, Step, Tap
+from expert_lens.tap import U32, Rows, Step, Tap, relaxed_capture
 
 if TYPE_CHECKING:
     from expert_lens._core import Mailbox
     from expert_lens.types import Span
 
 __all__ = ["GraphStep", "ReplayRows", "mark_beginning", "record"]
-
-RELAXED = 2
-"""CU_STREAM_CAPTURE_MODE_RELAXED."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +148,7 @@ def _prepare_kernels(tap: Tap, step: Step, num_rows: int, columns: _Columns, dev
     ids = _alike(step.experts, num_rows, tap.top_k)
     weights = _alike(tap.chosen_weights(step), num_rows, tap.top_k)
     table = [one.data_ptr() for one in (*ids, *weights)]
-    with _relaxed_capture():
+    with relaxed_capture():
         mailbox = tap.writer.mailbox(device.index, table)
     if mailbox is None:
         return None
@@ -203,7 +199,7 @@ class _ByKernels(GraphStep):
         self._beside = torch.cuda.ExternalStream(mailbox.stream)  # type: ignore[no-untyped-call]
         self._take = partial(kernels.take_post[(1,)], mailbox.entries, mailbox.state, MAILBOX_ENTRIES, num_warps=1)
         self._publish: Callable[[], Any] | None = partial(_publish, tap, inputs, mailbox)
-        with _relaxed_capture(), torch.cuda.stream(self._beside):
+        with relaxed_capture(), torch.cuda.stream(self._beside):
             self._take()
             self._publish()
             self._beside.synchronize()
@@ -336,13 +332,3 @@ def _triton_type(tensor: torch.Tensor) -> Any:
     import triton.language
 
     return getattr(triton.language, str(tensor.dtype).removeprefix("torch."))
-
-
-@contextmanager
-def _relaxed_capture() -> Iterator[None]:
-    """Calls of this thread in the block end no capture, be it this thread's own."""
-    before = exchange_capture_mode(RELAXED)
-    try:
-        yield
-    finally:
-        exchange_capture_mode(before)

@@ -16,7 +16,7 @@ import threading
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from expert_lens._core import exchange_capture_mode
 from expert_lens.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from expert_lens.graphs import ReplayRows
     from expert_lens.types import Span
 
-__all__ = ["DecodeRun", "Rows", "Step", "Tap"]
+__all__ = ["DecodeRun", "Rows", "Step", "Tap", "relaxed_capture"]
 
 MAX_WAITING_STEPS = 64
 """Steps that wait at most while another thread publishes; further ones are lost, and counted."""
@@ -39,6 +40,9 @@ MAX_WAITING_JOBS = 4096
 """As many small things, such as the end of a request, wait before rows that are lost are told late."""
 CLOSE_TIMEOUT = 5.0
 """Seconds that `close` waits for a thread that is publishing; then it leaves that thread to close."""
+
+RELAXED = 2
+"""CU_STREAM_CAPTURE_MODE_RELAXED."""
 
 Indices = npt.NDArray[np.intp]
 U32 = npt.NDArray[np.uint32]
@@ -106,6 +110,19 @@ class DecodeRun:
         return Rows(self.spans, positions, token_ids, self.kept)
 
 
+@contextlib.contextmanager
+def relaxed_capture() -> Iterator[None]:
+    """Calls of this thread to CUDA in the block end no stream capture, be it another thread's or its own."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # then nobody captures
+        yield
+        return
+    before = exchange_capture_mode(RELAXED)
+    try:
+        yield
+    finally:
+        exchange_capture_mode(before)
+
+
 def _silence(layers: tuple[int, ...]) -> UnsupportedModelError:
     return UnsupportedModelError(f"layers {layers} gave no experts in this forward; rows from here on are missing.")
 
@@ -135,6 +152,8 @@ class Tap:
         self.lost_tokens = 0
         """Rows lost while another thread was publishing that the writer has not heard of yet: see `lose`."""
         self._dtype = torch.uint8 if num_experts <= 256 else torch.int16
+        self._kept: tuple[Indices | None, torch.Tensor | None] = (None, None)
+        """The kept rows of the last step on a GPU, and where they are there."""
         self._narrow = num_experts not in (256, 65536)
         self._checked = False
         self._current = _Current()
@@ -253,11 +272,14 @@ class Tap:
         reader refuses what the packed type can show past the last expert; where 256 or 65536 experts fill the type it
         can show nothing of that, and every step is looked at here, unless it is a GPU's: to look would be to wait.
         """
-        if wide.numel() and (int(wide.max()) >= self.num_experts or int(wide.min()) < 0):
-            raise UnsupportedModelError(
-                f"the routed layers gave expert ids from {int(wide.min())} to {int(wide.max())}, "
-                f"but the model has {self.num_experts} experts."
-            )
+        if wide.numel():
+            with relaxed_capture():
+                least, most = int(wide.min()), int(wide.max())
+            if most >= self.num_experts or least < 0:
+                raise UnsupportedModelError(
+                    f"the routed layers gave expert ids from {least} to {most}, "
+                    f"but the model has {self.num_experts} experts."
+                )
         self._checked = True
 
     def chosen_weights(self, step: Step) -> list[torch.Tensor]:
@@ -318,7 +340,7 @@ class Tap:
             # A copy, where the step may wait: the engine may reuse what it ran over.
             token_ids = token_ids.reshape(-1).to(torch.int32, copy=not at_once)
         if rows.kept is not None:
-            kept = torch.from_numpy(rows.kept).to(experts.device, non_blocking=True)
+            kept = self._kept_on(rows.kept, experts.device)
             experts = experts[kept]
             weights = weights[kept] if weights is not None else None
             token_ids = token_ids[kept] if token_ids is not None else None
@@ -344,6 +366,20 @@ class Tap:
             self._submit(write)
         else:
             self.lose(len(experts))
+
+    def _kept_on(self, kept: Indices, device: torch.device) -> torch.Tensor:
+        """The indices there; the same as for the step before as long as a batch goes on."""
+        known, there = self._kept
+        if known is kept and there is not None and there.device == device:
+            return there
+        there = torch.from_numpy(kept)
+        if device.type == "cuda":
+            with relaxed_capture():
+                # Pinned: a copy from other memory may wait for the stream ("API synchronization behavior", CUDA driver
+                # API).
+                there = there.pin_memory().to(device, non_blocking=True)
+        self._kept = (kept, there)
+        return there
 
     def launch(
         self, mailbox: Mailbox, replay: Callable[[], Any], rows: ReplayRows | None, post: Callable[[Writer], Any]

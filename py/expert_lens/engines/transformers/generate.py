@@ -12,7 +12,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from expert_lens.engines.names import RequestNames
 from expert_lens.engines.transformers.requests import Sequences, join_rows, real_tokens
 from expert_lens.errors import EngineHookError
-from expert_lens.tap import Rows, Step, Tap
+from expert_lens.tap import Rows, Step, Tap, relaxed_capture
 
 if TYPE_CHECKING:
     from expert_lens.types import Phase
@@ -71,7 +71,8 @@ class _Done:
             self._pending = done
             return
         if self._host is None or len(self._host) != len(done):
-            self._host = torch.empty(len(done), dtype=torch.uint8, pin_memory=True)
+            with relaxed_capture():
+                self._host = torch.empty(len(done), dtype=torch.uint8, pin_memory=True)
         self._host.fill_(self.NOT_COME)
         self._host.view(torch.bool).copy_(done, non_blocking=True)
         self._pending = self._host

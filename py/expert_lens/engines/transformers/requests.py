@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expert_lens.engines.names import next_number
-from expert_lens.tap import DecodeRun, Rows, Tap
+from expert_lens.tap import DecodeRun, Rows, Tap, relaxed_capture
 
 if TYPE_CHECKING:
     import torch
@@ -33,11 +33,18 @@ def real_tokens(mask: Any, past: int, width: int) -> tuple[npt.NDArray[np.int64]
         return None
     columns = mask.shape[1]
     if columns == past + width:
-        flags = mask.detach().cpu().numpy() != 0
+        flags = _on_host(mask)
         return flags[:, :past].sum(1), flags[:, past:]
     if columns == width:
-        return None, mask.detach().cpu().numpy() != 0
+        return None, _on_host(mask)
     return None
+
+
+def _on_host(mask: torch.Tensor) -> Mask:
+    """A GPU's is waited for."""
+    with relaxed_capture():
+        flags: Mask = mask.detach().cpu().numpy() != 0
+    return flags
 
 
 class Sequences:
