@@ -42,13 +42,13 @@ class OnDevice:
         position = torch.arange(max_rows, device=device)[:, None, None] * 11
         layer = torch.arange(L, device=device)[:, None] * 3
         self.offsets = position + layer + torch.arange(K, device=device) * 5
-        self.tokens = torch.arange(max_rows, device=device, dtype=torch.int32)
+        self.positions = torch.arange(max_rows, device=device, dtype=torch.int32)
 
     def experts(self, step: int, rows: int) -> Any:
         return (self.offsets[:rows] + step * PRIME).remainder(self.num_experts).to(self.dtype)
 
     def token_ids(self, step: int, rows: int) -> Any:
-        return self.tokens[:rows] + step % 1000
+        return self.positions[:rows] + step % 1000
 
     def weights(self, step: int, rows: int) -> Any:
         import torch
@@ -64,8 +64,11 @@ def publish(
     *,
     spans: Sequence[tuple[int, str]] = ((1, "a"),),
     weights: bool = False,
+    positions_there: bool = False,
 ) -> bool:
-    """One step of `rows` rows of one request, positions from 0, on the current stream."""
+    """One step of `rows` rows of one request, positions from 0, on the current stream; `positions_there`: the GPU
+    publishes those, too, so that there is nothing behind the spans that the CPU writes.
+    """
     import torch
 
     (number, request) = spans[0]
@@ -76,7 +79,7 @@ def publish(
     return writer.publish_device(
         packed.data_ptr(),
         rows,
-        np.arange(rows, dtype=np.uint32),
+        source.positions.data_ptr() if positions_there else np.arange(rows, dtype=np.uint32),
         device=packed.device.index,
         stream=torch.cuda.current_stream().cuda_stream,
         token_ids=tokens.data_ptr(),

@@ -227,18 +227,21 @@ def test_rows_are_there_when_their_number_is(way: str, captures_directory: Path)
     watch.newest()
     stream.take(1, 5.0)
     stream.release()
-    sent = seen = 0
+    sent = seen = waited = 0
     for step in range(1, EDGE_STEPS):
         rows = (64, 1, 4096, 300)[step % 4]
-        assert publish(writer, source, step, rows)
-        at_once, later = watch.newest()
+        torch.cuda._sleep(100_000)  # so that the number is waited for
+        assert publish(writer, source, step, rows, positions_there=True)
+        early, at_once, later = watch.newest()
+        waited += early
         block = stream.take(rows, 5.0)
-        np.testing.assert_array_equal(at_once, later[-len(at_once) :])
+        np.testing.assert_array_equal(at_once, later)
         np.testing.assert_array_equal(block["experts"], expected(block["steps"], block["positions"], 128))
         stream.release()
         sent += rows
         seen += len(block["steps"])
     assert seen == sent
+    assert waited > EDGE_STEPS * 0.9
     assert writer.publisher == way
     writer.close()
 
@@ -346,6 +349,42 @@ def test_lengths_that_do_not_agree_publish_nothing() -> None:
         )
     assert writer.steps == 0
     writer.close()
+
+
+def shared_memory() -> int:
+    """Bytes of memory that files without a disk take, those without a name included."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Shmem:"))
+
+
+def test_a_closed_arena_is_pinned_no_longer(way: str) -> None:
+    source = OnDevice(128, 8)
+    before = shared_memory()
+    for number in range(24):
+        writer = make_writer(f"closed-{number}", arena_bytes=256 << 20)
+        assert publish(writer, source, 0, 8)
+        assert writer.publisher == way
+        writer.close()
+    assert shared_memory() - before < 1 << 30
+
+
+def test_a_refusal_behind_rows_that_landed_keeps_nobody_from_closing(way: str) -> None:
+    """What was published is there; close does not wait for what never comes, and gives the memory back."""
+    writer = make_writer("refusing")
+    reader = Collector("refusing")
+    source = OnDevice(128, 64)
+    assert publish(writer, source, 0, 64)
+    writer.set_batch([(1, "a", 0, 64, 0, "decode")])
+    with pytest.raises(CudaError, match="cuMemcpyDtoHAsync failed: CUDA_ERROR"):
+        writer.publish_device(64, 64, np.arange(64, dtype=np.uint32), device=0, stream=0)  # 64 is no address
+    assert writer.publisher == way
+    while reader.tokens < 64:
+        time.sleep(0.01)
+    reader.close()
+    began, before = time.monotonic(), shared_memory()
+    writer.close()
+    assert time.monotonic() - began < 3
+    assert before - shared_memory() > 200 << 20
 
 
 CLOSING = {

@@ -1,14 +1,19 @@
 """transformers on CUDA: every sequence has exactly the rows that the experts received for it, published by the GPU."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 import oracle
 import tiny_models
-from expert_lens.errors import UnsupportedModelError
+from expert_lens.engines import transformers as engine
+from expert_lens.errors import CudaError, UnsupportedModelError
 from oracle import Oracle
 from support import Attach, check_generated, hooks_of, padded
 from tiny_models import EOS, FAMILIES
@@ -23,6 +28,31 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def prompts(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     ids, mask = padded(lengths)
     return ids.cuda(), mask.cuda()
+
+
+class Compiled:
+    """What the compiler has made since, and how often a graph of anybody was replayed."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    @property
+    def graphs(self) -> int:
+        return int(counters["stats"]["unique_graphs"])
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Compiled:
+    found, replay = Compiled(), torch.cuda.CUDAGraph.replay
+
+    def counted(graph: torch.cuda.CUDAGraph) -> None:
+        found.replays += 1
+        replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+    torch.compiler.reset()
+    counters.clear()
+    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -122,19 +152,20 @@ def test_attaching_changes_no_output_and_closing_leaves_nothing(attach: Attach) 
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_a_static_cache_which_compiles_by_itself(attach: Attach) -> None:
+def test_a_static_cache_which_compiles_by_itself(attach: Attach, made: Compiled) -> None:
     # So fine that neither batching nor compiling turns a choice.
     model = tiny_models.qwen3_moe(experts_implementation="eager").cuda().double()
     capture = attach(model)
-    ids, mask = prompts([4, 9])
-    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
+    ids, mask = prompts([4, 9, 7, 1, 5, 8, 2, 6])
+    options: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False, "cache_implementation": "static"}
     sequences = model.generate(ids, attention_mask=mask, **options).cpu()
     assert capture.tap.error is None
+    assert min(made.graphs, made.replays) > 0
     lengths = oracle.output_lengths(sequences, 9, [EOS])
     for row, tokens in enumerate(oracle.request_tokens(sequences, mask.cpu(), lengths)):
         rows = capture.rows(f"0.{row}")
         assert rows["token_ids"].tolist() == tokens
-        np.testing.assert_array_equal(np.sort(rows["experts"], -1), np.sort(oracle.replayed(model, tokens), -1))
+        np.testing.assert_array_equal(rows["experts"], oracle.replayed(model, tokens))
 
 
 def test_a_forward_that_is_captured_switches_the_capture_off_and_says_why(attach: Attach) -> None:
@@ -158,7 +189,7 @@ def test_a_forward_that_is_captured_switches_the_capture_off_and_says_why(attach
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_a_compiled_model(mode: str, attach: Attach) -> None:
+def test_a_compiled_model(mode: str, attach: Attach, made: Compiled) -> None:
     model = tiny_models.qwen3_moe(experts_implementation="batched_mm").cuda().double()
     capture = attach(model)
     compiled = torch.compile(model, mode=mode)
@@ -176,5 +207,47 @@ def test_a_compiled_model(mode: str, attach: Attach) -> None:
             alone = [oracle.replayed(model, ids[row].tolist()) for row in range(2)]
             capture.tap._tap.active = True
             for row in range(2):
-                found = capture.experts(f"{call}.{row}")
-                np.testing.assert_array_equal(np.sort(found, -1), np.sort(alone[row], -1))
+                np.testing.assert_array_equal(capture.experts(f"{call}.{row}"), alone[row])
+    assert made.graphs > 0
+    assert (made.replays > 0) == (mode == "reduce-overhead")
+
+
+def test_a_driver_that_refuses_switches_the_capture_off_and_the_model_goes_on(tmp_path: Path) -> None:
+    if Path("/proc/mounts").read_text().count(f" {tmp_path.parts[1]} tmpfs "):
+        pytest.skip("the folder of this test is a tmpfs")
+    model = tiny_models.qwen3_moe()
+    hooks, folder = hooks_of(model), str(tmp_path / "captures")
+    tap = engine.attach(model, "refused", directory=folder)
+    model.cuda()
+    ids, mask = prompts([4, 9])
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    with pytest.warns(RuntimeWarning, match="it must lie on a tmpfs"):
+        attached = model.generate(ids, **options)
+    assert isinstance(tap.error, CudaError)
+    tap.close()
+    assert torch.equal(attached, model.generate(ids, **options))
+    with pytest.raises(CudaError, match="it must lie on a tmpfs"):
+        engine.attach(model, "refused", directory=folder)
+    assert hooks_of(model) == hooks
+
+
+def test_a_forward_takes_at_most_three_kernels(attach: Attach) -> None:
+    """Besides its own: what joins the layers' ids, narrows them, and narrows the token ids."""
+    model = tiny_models.qwen3_moe(experts_implementation="batched_mm").cuda()
+    ids, _ = prompts([9, 9])
+
+    def kernels() -> int:
+        with profile(activities=[ProfilerActivity.CUDA]) as seen, torch.no_grad():
+            model(ids, use_cache=False)
+            torch.cuda.synchronize()
+        on_device = [event.name for event in seen.events() if event.device_type == DeviceType.CUDA]
+        return sum(not name.startswith(("Memcpy", "Memset")) for name in on_device)
+
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    alone = kernels()
+    capture = attach(model)
+    with torch.no_grad():
+        model(ids, use_cache=False)  # the first one's ids are looked at
+    assert 0 < kernels() - alone <= 3
+    assert capture.tap.error is None

@@ -18,10 +18,11 @@ class Watch:
         self.descriptors = int(self.words[DESCRIPTORS])
         self.ring = self.words[FIRST_DESCRIPTOR + 8 * self.descriptors :]
 
-    def newest(self) -> tuple[Any, Any]:
-        """Waits for the number of the newest reserved record; what then stood at its end, and its payload later on.
+    def newest(self) -> tuple[bool, Any, Any]:
+        """Waits for the number of the newest reserved record.
 
-        Both u64: the last 64 words at most, read at once, and all of them.
+        Whether it had to wait, what then stood at the end of its payload (the last 64 words at most, copied at once),
+        and that end itself, which goes on changing with the arena; both u64.
         """
         number = int(self.words[HEAD])
         at = FIRST_DESCRIPTOR + 8 * ((number - 1) % self.descriptors)
@@ -30,6 +31,7 @@ class Watch:
         payload = self.ring[begin : begin + int(record[PAYLOAD_WORDS])]
         end = payload[-64:]
         deadline = time.monotonic() + 10
+        early = record[SEQUENCE] != number
         while record[SEQUENCE] != number:
             assert time.monotonic() < deadline, f"record {number - 1} is not published"
-        return end.copy(), payload.copy()
+        return bool(early), end.copy(), end
