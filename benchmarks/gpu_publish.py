@@ -2,10 +2,13 @@
 
 48 layers' top-k ids [n, 8] stand on the GPU, as a decode step or a prefill leaves them. `lens`: the tap joins and
 narrows them, and the GPU publishes them with their token ids; `event`: the same by the fallback. Peers: SGLang's
-deferred copy (`peers.DeferredCopy`), and a hook a layer with `.cpu()`. CPU: time on the engine's thread. GPU: time that
-the stream takes, from events around blocks of 20 steps. Ways take turns in a new order each round.
+deferred copy (`peers.DeferredCopy`), and a hook a layer with `.cpu()`. `torch's part`: the joining and narrowing alone.
+CPU: time on the engine's thread, in blocks of 20 steps. GPU: time that the stream takes, from events around such blocks
+that are launched behind something long, so that only the device's time counts; the peers wait for the device, so of
+them it is what a step takes. Ways take turns in a new order each round.
 """
 
+import itertools
 import json
 import os
 import random
@@ -19,10 +22,11 @@ import torch
 from peers import DeferredCopy
 
 from expert_lens._core import Writer
-from expert_lens.tap import DecodeRun, Tap
+from expert_lens.tap import DecodeRun, Step, Tap
 
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
 STEPS, ROUNDS = 20, 60
+NUMBERS = itertools.count()
 FACTS: dict[str, Any] = {"layers": list(range(LAYERS)), "num_experts": EXPERTS, "top_k": TOP_K}
 
 
@@ -34,7 +38,7 @@ def main() -> None:
 
 def tap_of(way: str, rows: int) -> Tap:
     os.environ["EXPERT_LENS_PUBLISHER"] = way
-    return Tap(Writer(f"gpu-{way}-{rows}", **FACTS), **FACTS)
+    return Tap(Writer(f"gpu-{way}-{rows}-{next(NUMBERS)}", **FACTS), **FACTS)
 
 
 def measure(rows: int) -> None:
@@ -66,36 +70,54 @@ def measure(rows: int) -> None:
     def hooks() -> None:
         [layer.cpu() for layer in ids]
 
+    packer = tap_of("stream", rows)
+
+    def torchs_part() -> None:
+        held = Step(LAYERS)
+        held.experts = list(ids)
+        packer.pack(held, rows)
+        column.reshape(-1).to(torch.int32, copy=True)
+
     ways: dict[str, Callable[[], None]] = {
         "lens": lens("stream"),
         "lens, event": lens("event"),
+        "lens, torch's part": torchs_part,
         "deferred copy by torch": deferred_copy,
         "hooks with .cpu()": hooks,
     }
     cpu: dict[str, list[float]] = {name: [] for name in ways}
     gpu: dict[str, list[float]] = {name: [] for name in ways}
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def block(step: Callable[[], None], ahead: int) -> tuple[float, float]:
+        """Microseconds a step: on this thread, and on the stream, behind so many cycles of something else."""
+        torch.cuda.synchronize()
+        torch.cuda._sleep(ahead)
+        begin.record()
+        began = time.perf_counter_ns()
+        for _ in range(STEPS):
+            step()
+        took = (time.perf_counter_ns() - began) / 1e3 / STEPS
+        end.record()
+        end.synchronize()
+        return took, begin.elapsed_time(end) * 1e3 / STEPS
+
     for round_ in range(ROUNDS + 3):
         for name in random.sample(list(ways), len(ways)):
-            torch.cuda.synchronize()
-            begin.record()
-            began = time.perf_counter_ns()
-            for _ in range(STEPS):
-                ways[name]()
-            took = (time.perf_counter_ns() - began) / 1e3 / STEPS
-            end.record()
-            end.synchronize()
+            on_thread, on_stream = block(ways[name], 0)[0], block(ways[name], 20_000_000)[1]
             if round_ >= 3:
-                cpu[name].append(took)
-                gpu[name].append(begin.elapsed_time(end) * 1e3 / STEPS)
+                cpu[name].append(on_thread)
+                gpu[name].append(on_stream)
     for name in ways:
-        show(f"[{rows}, 48, 8], {name}: CPU", cpu[name])
-        show(f"[{rows}, 48, 8], {name}: stream", gpu[name])
+        bar = {"bar": "<= 15"} if name == "lens" and rows == 1 else {}
+        show(f"[{rows}, 48, 8], {name}: CPU", cpu[name], **bar)
+        show(f"[{rows}, 48, 8], {name}: GPU", gpu[name])
 
 
-def show(name: str, values: list[float]) -> None:
+def show(name: str, values: list[float], **more: Any) -> None:
     low, median, high = statistics.quantiles(values, n=4)
-    line = {"name": name, "unit": "µs a step", "median": round(median, 2), "spread": [round(low, 2), round(high, 2)]}
+    spread = [round(low, 2), round(high, 2)]
+    line = {"name": name, "unit": "µs a step", "median": round(median, 2), "spread": spread, **more}
     print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
