@@ -122,18 +122,17 @@ def run_mode(mode: str) -> None:
     lens = expert_lens.attach(engine) if mode in ("lens", "lens, recorded") else None
     more = {"return_routed_experts": True} if native else {}
 
-    async def one(prompt: list[int], output: int) -> list[float]:
-        chosen = {"max_new_tokens": output, "ignore_eos": True, "temperature": 0.0}
-        tokens = await engine.async_generate(input_ids=prompt, sampling_params=chosen, stream=True, **more)
-        return [time.perf_counter() async for _ in tokens]
-
-    async def other(prompt: list[int], output: int) -> None:
-        chosen = {"max_new_tokens": output, "ignore_eos": True, "temperature": 0.0}
-        await engine.async_generate(input_ids=prompt, sampling_params=chosen, **more)
-
     async def all_of_them(prompts: list[list[int]], output: int) -> list[float]:
-        found = await asyncio.gather(one(prompts[0], output), *(other(prompt, output) for prompt in prompts[1:]))
-        return found[0]
+        """When each token of the first one arrived."""
+        chosen = {"max_new_tokens": output, "ignore_eos": True, "temperature": 0.0}
+
+        async def watched() -> list[float]:
+            tokens = await engine.async_generate(input_ids=prompts[0], sampling_params=chosen, stream=True, **more)
+            return [time.perf_counter() async for _ in tokens]
+
+        others = (engine.async_generate(input_ids=prompt, sampling_params=chosen, **more) for prompt in prompts[1:])
+        arrived, *_ = await asyncio.gather(watched(), *others)
+        return arrived
 
     def experiment(requests: int, output: int) -> dict[str, Any]:
         rng = np.random.default_rng(requests)

@@ -444,9 +444,10 @@ class Tap:
     def publish_prefix(self, spans: Sequence[Span], kv_slots: torch.Tensor) -> None:
         """State where in the engine's cache the beginnings of requests stand: `Writer.publish_prefix`.
 
-        `kv_slots`: int32 [n] on a GPU, computed on the current stream.
+        `kv_slots`: int32 [n] on a GPU, computed on the current stream. It is left out, and those rows are missing, if
+        too many steps wait already.
         """
-        if self.active:
+        if self.active and len(self._jobs) < MAX_WAITING_STEPS:
             stream = torch.cuda.current_stream(kv_slots.device).cuda_stream
             self._submit(partial(self._write_prefix, spans, kv_slots, stream))
 

@@ -222,7 +222,7 @@ mod tests {
                         if ran {
                             launched.push_back(None);
                         } else {
-                            // What `Mailbox::match_again` does, behind what was launched before.
+                            // What `Mailbox::retract` does, behind what was launched before.
                             while let Some(wanted) = launched.pop_front() {
                                 prop_assert_eq!(device.replay(), wanted);
                             }
