@@ -67,6 +67,18 @@ def test_all_that_can_be_asked_of_a_recording_is_as_it_was(recorded: Path) -> No
             lens.request("mine")
 
 
+def test_a_request_that_was_aborted_ends_so_again(tmp_path: Path) -> None:
+    writer = make_writer("served")
+    with Recording("served", tmp_path / "run"):
+        publish(writer, [(1, "a", range(3)), (2, "b", range(2))], PROMPTS)
+        writer.finish(1, "a", 3, "aborted")
+        writer.finish(2, "b", 2)
+    writer.close()
+    with expert_lens.open_trace(tmp_path / "run", speed=None) as lens:
+        wait_for_end(lens)
+        assert lens.requests().rows() == [("a", "aborted", 3, 3, 0), ("b", "finished", 2, 2, 0)]
+
+
 def test_an_export_with_missing_rows_and_weights(tmp_path: Path) -> None:
     facts = {"layers": list(range(300)), "num_experts": 300, "top_k": 1, "weights": True, "engine": "x"}
     writer = make_writer("wide", **facts, arena_bytes=1 << 22)

@@ -150,11 +150,11 @@ def test_without_weights_and_with_few_experts_ids_are_bytes(tmp_path: Path) -> N
 
 
 def test_a_part_says_what_it_holds(tmp_path: Path) -> None:
-    write(tmp_path, "a", one_request(4), arenas=[(*ARENA, 3, 9)], ends=[(0, "r", 4)])
+    write(tmp_path, "a", one_request(4), arenas=[(*ARENA, 3, 9)], ends=[(0, "r", 4, "aborted")])
     (info,) = trace.part_infos(tmp_path)
     assert info["trace_version"] == 1
     assert (info["capture"], info["host"], info["model"]) == ("c", trace.host(), facts())
-    assert (info["arenas"], info["ends"]) == ([[*ARENA, 3, 9]], [[0, "r", 4]])
+    assert (info["arenas"], info["ends"]) == ([[*ARENA, 3, 9]], [[0, "r", 4, "aborted"]])
 
 
 # A part: rows (source, request, position, step).
@@ -216,7 +216,7 @@ def test_positions_past_the_end_of_their_request_are_void(tmp_path: Path) -> Non
     source, other = trace.source_name("c", ARENA), trace.source_name("c", (1, *ARENA[1:]))
     write(tmp_path, "a", one_request(6), source=source, arenas=[(*ARENA, 1, 6)])
     # The end comes in a later part, in an arena that is not the first there.
-    ends = [(1, "r", 4)]
+    ends = [(1, "r", 4, "finished")]
     write(tmp_path, "b", one_request(0), arenas=[(1, *ARENA[1:], 1, 1), (*ARENA, 7, 7)], ends=ends)
     write(tmp_path, "c", one_request(6), source=other, arenas=[(1, *ARENA[1:], 2, 8)])
     scanned = expert_lens.scan(tmp_path).collect()

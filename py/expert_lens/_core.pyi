@@ -10,6 +10,7 @@ from expert_lens.types import (
     ArenaKey,
     CaptureFacts,
     CollectorStats,
+    EndState,
     ModelFacts,
     Phase,
     RequestColumns,
@@ -237,7 +238,7 @@ class Writer:
         number: int,
         request: str,
         num_positions: int,
-        state: Literal["finished", "aborted"] = "finished",
+        state: EndState = "finished",
     ) -> None:
         """State that a request has ended and that its first num_positions positions count; rows past them are void.
 

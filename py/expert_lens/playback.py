@@ -18,7 +18,7 @@ from expert_lens._core import NO_TOKEN, Writer
 from expert_lens.errors import OptionError
 
 if TYPE_CHECKING:
-    from expert_lens.types import Span
+    from expert_lens.types import EndState, Span
 
 __all__ = ["Playback"]
 
@@ -124,7 +124,7 @@ class Playback:
             self._write(step)
             for row in range(first, end):
                 if (which := ends.get(row)) is not None and (length := requests[which]["num_positions"]) is not None:
-                    self._writer.finish(which + 1, requests[which]["id"], length)
+                    self._writer.finish(which + 1, requests[which]["id"], length, requests[which]["state"])
 
     def _write(self, step: pl.DataFrame) -> None:
         experts = np.ascontiguousarray(step["experts"].to_numpy())
@@ -148,7 +148,8 @@ def _spans(requests: list[dict[str, Any]], index: Any, phases: Any) -> list[Span
 
 def _requests(rows: pl.DataFrame, infos: list[trace.PartInfo]) -> pl.DataFrame:
     """The trace's requests: source, request, index, id (an id that other sources have too gets `#2`, `#3`, ...),
-    prompt_tokens, and num_positions: how many count, null if the trace does not say that it has ended.
+    prompt_tokens, num_positions: how many count, null if the trace does not say that it has ended; and state: how it
+    has.
     """
     requests = (
         rows.group_by(*REQUEST, maintain_order=True)
@@ -160,21 +161,23 @@ def _requests(rows: pl.DataFrame, infos: list[trace.PartInfo]) -> pl.DataFrame:
         .sort("begin", *REQUEST, nulls_last=True)
     )
     ends = {
-        (trace.source_name(info["capture"], info["arenas"][arena][:4], info["host"]), request): num_positions
+        (trace.source_name(info["capture"], info["arenas"][arena][:4], info["host"]), request): (num_positions, state)
         for info in infos
-        for arena, request, num_positions in info["ends"]
+        for arena, request, num_positions, state in info["ends"]
     }
     recorded = {
         trace.source_name(info["capture"], arena[:4], info["host"]) for info in infos for arena in info["arenas"]
     }
     times_used: dict[str, int] = {}
     ids: list[str] = []
-    lengths: list[int | None] = []
+    told: list[tuple[int | None, EndState]] = []
     for source, request, length in requests.select(*REQUEST, "length").iter_rows():
         times_used[request] = times_used.get(request, 0) + 1
         ids.append(request if times_used[request] == 1 else f"{request}#{times_used[request]}")
         # An export says how long each request is, a recording only when it has ended.
-        lengths.append(ends.get((source, request), None if source in recorded else length))
+        told.append(ends.get((source, request), (None if source in recorded else length, "finished")))
     return requests.with_columns(
-        id=pl.Series(ids, dtype=pl.String), num_positions=pl.Series(lengths, dtype=pl.UInt32)
+        id=pl.Series(ids, dtype=pl.String),
+        num_positions=pl.Series([length for length, _ in told], dtype=pl.UInt32),
+        state=pl.Series([state for _, state in told], dtype=pl.String),
     ).with_row_index("index")

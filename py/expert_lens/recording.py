@@ -147,10 +147,9 @@ class Recording:
         requests = pl.Series(block["ids"], dtype=pl.String).gather(block["requests"])
         sources = pl.Series([trace.source_name(self._capture, arena) for arena in arenas]).gather(block["arenas"])
         rows = trace.frame(self._facts, requests, block).insert_column(0, sources.alias("source"))
-        ends = [(arena, request, num_positions) for arena, request, num_positions, _ in block["ends"]]
         _, _, _, created, first, _ = block["ranges"][0]
         name = f"record-{created}-{first:012}-{trace.timestamp()}"
-        path = trace.write_part(self._folder, name, rows, self._capture, self._facts, block["ranges"], ends)
+        path = trace.write_part(self._folder, name, rows, self._capture, self._facts, block["ranges"], block["ends"])
         self._tokens += len(rows)
         self._parts += 1
         self._bytes += path.stat().st_size

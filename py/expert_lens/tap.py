@@ -18,7 +18,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ from expert_lens.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from expert_lens._core import Mailbox, Writer
     from expert_lens.graphs import ReplayRows
-    from expert_lens.types import Span
+    from expert_lens.types import EndState, Span
 
 __all__ = ["DecodeRun", "Rows", "Step", "Tap", "relaxed_capture"]
 
@@ -451,7 +451,7 @@ class Tap:
             stream = torch.cuda.current_stream(kv_slots.device).cuda_stream
             self._submit(partial(self._write_prefix, spans, kv_slots, stream))
 
-    def finish(self, number: int, request: str, num_positions: int, state: Literal["finished", "aborted"]) -> None:
+    def finish(self, number: int, request: str, num_positions: int, state: EndState) -> None:
         """State that a request has ended, after all that was published before."""
         self._submit(lambda: self.writer.finish(number, request, num_positions, state))
 

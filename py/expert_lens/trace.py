@@ -21,7 +21,7 @@ import polars as pl
 from expert_lens._core import MISSING, NO_TOKEN
 from expert_lens.errors import OptionError
 from expert_lens.options import check_folder_path
-from expert_lens.types import ArenaKey, ModelFacts, RowBlock
+from expert_lens.types import ArenaKey, EndState, ModelFacts, RowBlock
 
 __all__ = ["METADATA_KEY", "PHASES", "PartInfo", "frame", "part_infos", "scan", "source_name", "write_part"]
 
@@ -42,8 +42,8 @@ class PartInfo(TypedDict):
     """What a part file says of itself.
 
     `arenas`: for each arena, (rank, pid, start time, creation time in ns, first record, last record). `ends`: for each
-    request that ended, (index into `arenas`, request id, positions that count). Both are empty for an export, whose
-    rows are not tied to records.
+    request that ended, (index into `arenas`, request id, positions that count, how it ended). Both are empty for an
+    export, whose rows are not tied to records.
     """
 
     trace_version: int
@@ -51,7 +51,7 @@ class PartInfo(TypedDict):
     host: str
     model: ModelFacts
     arenas: list[tuple[int, int, int, int, int, int]]
-    ends: list[tuple[int, str, int]]
+    ends: list[tuple[int, str, int, EndState]]
 
 
 class Columns(TypedDict):
@@ -173,7 +173,7 @@ def write_part(
     capture: str,
     facts: ModelFacts,
     arenas: Sequence[tuple[int, int, int, int, int, int]] = (),
-    ends: Sequence[tuple[int, str, int]] = (),
+    ends: Sequence[tuple[int, str, int, EndState]] = (),
 ) -> Path:
     """Write `<folder>/<name>.parquet` so that it appears whole or not at all: write, fsync, rename, fsync the folder.
 
@@ -290,7 +290,7 @@ def _void_rows_removed(keys: pl.LazyFrame, infos: Iterable[PartInfo]) -> pl.Lazy
     ends = [
         (source_name(info["capture"], info["arenas"][arena][:4], info["host"]), request, num_positions)
         for info in infos
-        for arena, request, num_positions in info["ends"]
+        for arena, request, num_positions, _ in info["ends"]
     ]
     if not ends:
         return keys

@@ -9,6 +9,7 @@ __all__ = [
     "ArenaKey",
     "CaptureFacts",
     "CollectorStats",
+    "EndState",
     "ModelFacts",
     "Phase",
     "RecordingStats",
@@ -22,6 +23,7 @@ __all__ = [
 
 Phase = Literal["prefill", "decode"]
 RequestState = Literal["running", "finished", "aborted"]
+EndState = Literal["finished", "aborted"]
 Span = tuple[int, str, int, int, int, Phase]
 """(request number, request id, first row, rows, prompt tokens, phase): whose rows a step holds.
 
@@ -178,7 +180,7 @@ class RowBlock(TypedDict):
     times: npt.NDArray[np.int64]
     experts: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
     weights: npt.NDArray[np.float16] | None
-    ends: list[tuple[int, str, int, Literal["finished", "aborted"]]]
+    ends: list[tuple[int, str, int, EndState]]
     ranges: list[tuple[int, int, int, int, int, int]]
     unattributed: int
     corrupt: int

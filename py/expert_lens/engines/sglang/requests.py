@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from expert_lens.engines.names import RequestNames, next_number
 
 if TYPE_CHECKING:
     from expert_lens.tap import Tap
-    from expert_lens.types import Phase, Span
+    from expert_lens.types import EndState, Phase, Span
 
 __all__ = ["Requests"]
 
@@ -138,7 +138,7 @@ class Requests:
             positions = request.end
         self._end(req.rid, positions, "aborted" if aborted else "finished")
 
-    def _end(self, rid: str, positions: int, state: Literal["finished", "aborted"]) -> None:
+    def _end(self, rid: str, positions: int, state: EndState) -> None:
         request = self._live.pop(rid)
         if self._tap.active:  # else no forward comes by any more that would clear it
             self._ended.add(rid)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
@@ -22,6 +22,9 @@ from expert_lens.engines.transformers.patch import MISSING, Patch, StandIn, forg
 from expert_lens.engines.transformers.plain import PlainForwards
 from expert_lens.errors import EngineHookError, SilentTapError, UnsupportedModelError
 from expert_lens.tap import Step, Tap
+
+if TYPE_CHECKING:
+    from expert_lens.types import EndState
 
 __all__ = ["TransformersTap"]
 
@@ -171,7 +174,7 @@ class TransformersTap:
         call = GenerateCall(self._tap, self._names, arguments)
         outer, self._local.call = self._local.call, call
         self._calls.add(call)
-        state: Literal["finished", "aborted"] = "aborted"
+        state: EndState = "aborted"
         try:
             result = original(*args, **kwargs)
             if self._tap.active:

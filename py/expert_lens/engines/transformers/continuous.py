@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from operator import attrgetter, is_
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from expert_lens.graphs import GraphStep, ReplayRows, record
 from expert_lens.tap import U32, Rows, Step, Tap
 
 if TYPE_CHECKING:
-    from expert_lens.types import Phase, Span
+    from expert_lens.types import EndState, Phase, Span
 
 __all__ = ["ContinuousBatches"]
 
@@ -327,7 +327,7 @@ class ContinuousBatches:
             if state.request_id in known.requests:
                 self._finish(known, state.request_id, "aborted")
 
-    def _finish(self, known: _Manager, request_id: str, state: Literal["finished", "aborted"]) -> None:
+    def _finish(self, known: _Manager, request_id: str, state: EndState) -> None:
         request = known.requests.pop(request_id)
         self._tap.finish(request.number, request.id, request.next_position, state)
 

@@ -15,7 +15,7 @@ from expert_lens.errors import EngineHookError
 from expert_lens.tap import Rows, Step, Tap, relaxed_capture
 
 if TYPE_CHECKING:
-    from expert_lens.types import Phase
+    from expert_lens.types import EndState, Phase
 
 __all__ = ["Columns", "GenerateCall", "follow_criteria"]
 
@@ -183,7 +183,7 @@ class GenerateCall:
         """Switch the capture off because of this error."""
         self._tap.fail(error)
 
-    def finish(self, state: Literal["finished", "aborted"]) -> None:
+    def finish(self, state: "EndState") -> None:
         """The call is over: so are its sequences."""
         if self.sequences is not None:
             self._hear_done(self.sequences)

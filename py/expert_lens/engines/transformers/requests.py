@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ from expert_lens.tap import DecodeRun, Rows, Tap, relaxed_capture
 if TYPE_CHECKING:
     import torch
 
-    from expert_lens.types import Phase, Span
+    from expert_lens.types import EndState, Phase, Span
 
 __all__ = ["Sequences", "join_rows", "real_tokens"]
 
@@ -158,7 +158,7 @@ class Sequences:
             self._next_position[self._alive] += run.num_taken
             self._columns += run.num_taken
 
-    def finish(self, tap: Tap, state: Literal["finished", "aborted"]) -> None:
+    def finish(self, tap: Tap, state: EndState) -> None:
         """State the end of each sequence, once; those that had their last token have finished in any case.
 
         Once the capture has switched itself off it no longer knows their ends: all are aborted where it lost them.
