@@ -28,7 +28,8 @@ pub const MAX_EXPERTS: usize = 65_536;
 pub const MAX_ID_BYTES: usize = 255;
 /// Room for the reason why a capture switched itself off.
 pub(crate) const FAILURE_WORDS: usize = 32;
-/// Position of a row that is none: a token that was drafted, went through the forward, and was rejected.
+/// Position of a row that is none: a token that was drafted, went through the forward, and was rejected; or one whose
+/// experts nobody saw.
 pub const NO_POSITION: u32 = u32::MAX;
 /// Reader entries of an arena.
 pub const READERS: usize = 64;

@@ -60,6 +60,8 @@ pub struct Step<'a> {
     pub positions: &'a [u32],
     /// Where in the engine's cache each row's token stands [n].
     pub kv_slots: Option<&'a [u32]>,
+    /// Where rows that are none went: whatever stood there before no longer does.
+    pub emptied: &'a [u32],
     /// Router weights f16 [n, L, K].
     pub weights: Option<&'a [u16]>,
     /// The batch that the rows belong to; its identity stays the same until the batch changes. None: the record that
@@ -96,6 +98,8 @@ pub struct Reader<M: Memory> {
     batch: Option<(u64, Arc<[Span]>)>,
     /// The same over the last step's rows, if some of its rows are none.
     accepted: Option<Arc<[Span]>>,
+    /// KV slots of those rows.
+    emptied: Vec<u32>,
     payload: Vec<u64>,
 }
 
@@ -149,6 +153,7 @@ impl<M: Memory> Reader<M> {
             needed: 0,
             batch: None,
             accepted: None,
+            emptied: Vec::new(),
             payload: Vec::new(),
         };
         reader.cursor = reader.oldest(word::TAIL)?.max(reader.oldest(word::NEXT_TAIL)?);
@@ -333,7 +338,7 @@ impl<M: Memory> Reader<M> {
                 let batch = self.accepted.as_ref().or(self.batch.as_ref().map(|(_, spans)| spans));
                 let step = Step::decode(&self.header.facts, &what, &payload[at..], batch, after_gap)?;
                 self.after_gap = false;
-                Ok(Some(Record::Step(step)))
+                Ok(Some(Record::Step(Step { emptied: &self.emptied, ..step })))
             }
         }
     }
@@ -341,11 +346,13 @@ impl<M: Memory> Reader<M> {
     /// Take the rows that are none out of a step, whose sections begin at byte `at` of the payload.
     fn without_rejected(&mut self, what: Descriptor, at: usize) -> Descriptor {
         self.accepted = None;
+        self.emptied.clear();
         let (facts, rows) = (&self.header.facts, what.rows as usize);
         let payload = &mut bytemuck::must_cast_slice_mut::<u64, u8>(&mut self.payload)[at..];
         let Some(runs) = rejected::accepted(facts, what.sections, rows, payload) else {
             return what;
         };
+        self.emptied.extend(rejected::slots(facts, what.sections, rows, payload, &runs));
         rejected::keep(facts, what.sections, rows, payload, &runs);
         self.accepted = self.batch.as_ref().map(|(_, spans)| rejected::spans_of(spans, &runs).into());
         Descriptor { rows: runs.iter().map(|run| run.len() as u32).sum(), ..what }
@@ -570,6 +577,7 @@ impl<'a> Step<'a> {
             token_ids: token_ids.map(bytemuck::cast_slice),
             positions: bytemuck::cast_slice(positions),
             kv_slots,
+            emptied: &[],
             weights: weights.map(bytemuck::cast_slice),
             batch,
             after_gap,

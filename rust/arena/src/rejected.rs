@@ -1,7 +1,9 @@
-//! Rows that are none: tokens that were drafted, went through a forward, and were rejected.
+//! Rows that are none: tokens that were drafted, went through a forward, and were rejected; and those whose experts nobody
+//! saw.
 //!
-//! Which they are only the device knows when it publishes, so a step has a place for every drafted token, and those that
-//! were rejected have [`NO_POSITION`]. A reader takes them out before anybody sees the step.
+//! Which they are only the device knows when it publishes, so a step has a place for each, and those that are none have
+//! [`NO_POSITION`]. A reader takes them out before anybody sees the step, but for the KV slots that they went to: what
+//! stood there before no longer does.
 
 use crate::batch::Span;
 use crate::layout::{Facts, NO_POSITION, section};
@@ -46,6 +48,26 @@ fn runs(positions: &[u32]) -> Vec<Range<usize>> {
         }
     }
     runs
+}
+
+/// The KV slots of all other rows than those in `runs`.
+pub(crate) fn slots(
+    facts: &Facts,
+    sections: u16,
+    rows: usize,
+    payload: &[u8],
+    runs: &[Range<usize>],
+) -> impl Iterator<Item = u32> {
+    let mut at = 0;
+    let mut found: &[u32] = &[];
+    for (mask, size) in row_sizes(facts, sections) {
+        if mask == section::KV_SLOTS {
+            found = bytemuck::cast_slice(&payload[at..at + rows * 4]);
+        }
+        at += (rows * size).next_multiple_of(8);
+    }
+    let is_some = |row: usize| runs.iter().any(|run| run.contains(&row));
+    found.iter().enumerate().filter(move |&(row, _)| !is_some(row)).map(|(_, &slot)| slot)
 }
 
 /// Move these rows, which [`accepted`] has found, of each section together, to where they stand in a step of them alone.

@@ -5,7 +5,7 @@ mod common;
 
 use common::{KV_SLOTS, Row, facts, folder, publisher};
 use expert_lens_arena::collector::{Collector, MISSING, Options, Pace, RowStream};
-use expert_lens_arena::{Mode, OnFull, Phase, Prefix, Publisher, Rows, Source, Span, open};
+use expert_lens_arena::{Mode, NO_POSITION, OnFull, Phase, Prefix, Publisher, Rows, Source, Span, open};
 use proptest::prelude::*;
 use std::collections::HashMap;
 use std::path::Path;
@@ -174,6 +174,40 @@ proptest! {
         }
         prop_assert_eq!(collector.stats().unslotted_tokens, 0);
     }
+}
+
+#[test]
+fn a_slot_to_which_a_row_went_that_is_none_holds_no_row_any_more() {
+    let root = folder();
+    let facts = facts(8, false);
+    let publisher = publisher(root.path(), ARENA, &facts, OnFull::Drop);
+    let mut engine = Engine { publisher, requests: vec![], next_slot: 0, cache: HashMap::new() };
+    let collector = collector(root.path(), 1 << 20);
+    let mut stream = RowStream::open(root.path().to_owned(), "test", &[]).unwrap();
+    engine.forward(1, 0, &[3, 4, 5]);
+    let experts = vec![0xff; 2 * facts.row_bytes()];
+    let (positions, kv_slots) = ([NO_POSITION; 2], [4, u32::MAX]);
+    engine.publisher.set_batch(vec![Engine::span(1, 2, Phase::Prefill)]).unwrap();
+    engine
+        .publisher
+        .publish(&Rows {
+            experts: &experts,
+            token_ids: None,
+            positions: &positions,
+            kv_slots: Some(&kv_slots),
+            weights: None,
+        })
+        .unwrap();
+    let (spans, kv_slots) = ([Engine::span(2, 3, Phase::Prefill)], [3u32, 4, 5]);
+    let prefix = Prefix { spans: &spans, kv_slots: Source::Host(bytemuck::cast_slice(&kv_slots)) };
+    engine.publisher.publish_prefix(&prefix).unwrap();
+    assert!(collector.sync(Duration::from_secs(10)));
+    let there = Phase::Prefill as u8;
+    assert_eq!(collector.rows(&name(2)).unwrap().phases, [there, MISSING, there]);
+    let mut recorded = HashMap::new();
+    record(&mut stream, Duration::from_millis(50), &mut recorded);
+    let positions: Vec<u32> = (0..3).filter(|&at| recorded.contains_key(&(name(2), at))).collect();
+    assert_eq!(positions, [0, 2]);
 }
 
 #[test]

@@ -90,6 +90,9 @@ def refuse_unknown(layout: Layout, args: Any, a2a_backend: Any) -> None:
         "--enable-dynamic-chunking with pipeline stages, whose trial forwards are of the first stage alone": (
             layout.pp_size > 1 and getattr(args, "enable_dynamic_chunking", False)
         ),
+        "--disaggregation-decode-enable-offload-kvcache, by which requests end where nobody is told of it": (
+            getattr(args, "disaggregation_decode_enable_offload_kvcache", False)
+        ),
         "--kt-weight-path, where ids are changed after they were chosen": getattr(args, "kt_weight_path", None),
     }
     if found := [reason for reason, there in reasons.items() if there]:

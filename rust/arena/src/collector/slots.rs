@@ -23,6 +23,11 @@ impl Slots {
         if step.after_gap {
             self.forget();
         }
+        for &slot in step.emptied {
+            if let Some(phase) = self.rows.phases.get_mut(slot as usize) {
+                *phase = MISSING;
+            }
+        }
         let Some(kv_slots) = step.kv_slots else { return };
         let limit = (facts.kv_slots as usize).min(budget / RequestRows::row_bytes(facts));
         let top = kv_slots.iter().map(|&slot| slot as usize).filter(|&slot| slot < limit).max();
