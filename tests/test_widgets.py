@@ -235,9 +235,13 @@ def test_a_kernel_that_hears_while_busy_waits_for_acknowledgements_of_large_fram
 def test_hidden_and_absent_pages_get_nothing() -> None:
     audience = Audience()
     assert not audience.present
+    assert audience.left(0.0, True)
     assert audience.wait(0.0, False) == audiences.RARELY
     audience.expect(0.0)
     assert audience.present
+    assert not audience.left(audiences.UNHEARD + 1, True)
+    assert not audience.left(audiences.GREETING - 1, False)
+    assert audience.left(audiences.GREETING + 1, False)
     assert audience.wait(1.0, False) == 0
     assert audience.wait(audiences.GREETING + 1, False) == audiences.RARELY
     assert audience.wait(audiences.UNHEARD - 1, True) == 0
@@ -247,8 +251,10 @@ def test_hidden_and_absent_pages_get_nothing() -> None:
     audience.hear({"page": "a", "kind": "look", "looks": False}, 100.0, False)
     assert audience.wait(100.0, False) == audiences.RARELY
     assert audience.present
+    assert not audience.left(200.0, False)
     audience.hear({"page": "a", "kind": "gone"}, 100.0, False)
     assert not audience.present
+    assert audience.left(100.0, True)
 
 
 @pytest.mark.parametrize(

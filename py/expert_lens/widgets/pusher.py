@@ -33,7 +33,7 @@ class Pusher:
     """Sends what changed, to those who look, no faster than the limits allow.
 
     The thread starts when it is asked for a frame, and ends when the widget is closed or gone, nobody shows it any
-    more, or no token will come. Between two steps it holds no reference to the widget.
+    more or ever did, or no token will come. Between two steps it holds no reference to the widget.
     """
 
     def __init__(self, widget: "Heatmap", camera: Camera, audience: Audience, max_fps: float, max_load: float) -> None:
@@ -96,9 +96,10 @@ class Pusher:
         if widget is None:
             return None
         now, began = time.monotonic(), time.thread_time()
-        wait = self._audience.wait(now, cell_runs())
+        busy = cell_runs()
+        wait = self._audience.wait(now, busy)
         if wait > 0:
-            if not self._audience.present:
+            if self._audience.left(now, busy):
                 return None
             if now - widget.picture_at > PICTURE_EVERY:
                 widget.refresh_picture()
