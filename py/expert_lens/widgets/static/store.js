@@ -102,7 +102,7 @@ export class Store {
 
   /** @param {{looks: boolean, update: () => void}} view */
   remove(view) {
-    this.views.delete(view);
+    if (!this.views.delete(view)) return;
     this.look();
     if (this.views.size === 0) this.send({ kind: "gone" });
   }

@@ -91,6 +91,7 @@ export function createView(model, el, store) {
 
   function draw() {
     request = 0;
+    if (!root.isConnected) return look(); // its output was dropped while it was being made: nobody cleans up behind it
     drawnAt = performance.now();
     if (!paused) frame = store.frame;
     if (size) drawFrame();
@@ -130,8 +131,9 @@ export function createView(model, el, store) {
   }
 
   function look() {
-    view.looks = visible && !document.hidden && !paused;
-    store.look();
+    view.looks = root.isConnected && visible && !document.hidden && !paused;
+    if (root.isConnected) store.add(view);
+    else store.remove(view);
   }
 
   function showPause() {
