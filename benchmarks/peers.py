@@ -10,8 +10,7 @@ SLOTS = 100_000
 
 
 class DeferredCopy:
-    """As SGLang does with overlap scheduling: each layer's ids into a static buffer, and
-    the copy to the host one step late.
+    """As SGLang does with overlap: each layer's ids into a static buffer, and the copy to the host one step late.
 
     `keep` a layer's ids [n, K] as its forward gives them, then `defer(n)` behind the forward: clone, copy to the host
     without blocking, an event; and, for the step before, wait for its event and scatter its rows into a host buffer.
