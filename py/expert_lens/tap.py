@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from expert_lens.graphs import ReplayRows
     from expert_lens.types import EndState, Span
 
-__all__ = ["DecodeRun", "Rows", "Step", "Tap", "relaxed_capture"]
+__all__ = ["DecodeRun", "Rows", "Step", "Tap", "relaxed_capture", "sent"]
 
 MAX_WAITING_STEPS = 64
 """Steps that wait at most while another thread publishes; further ones are lost, and counted."""
@@ -123,6 +123,16 @@ def relaxed_capture() -> Iterator[None]:
         exchange_capture_mode(before)
 
 
+def sent(indices: Indices, device: torch.device) -> torch.Tensor:
+    """The indices on that device, from now on in the order of the current stream; nothing is waited for."""
+    there = torch.from_numpy(indices)
+    if device.type != "cuda":
+        return there.to(device)
+    with relaxed_capture():
+        # Pinned: a copy from other memory may wait for the stream ("API synchronization behavior", CUDA driver API).
+        return there.pin_memory().to(device, non_blocking=True)
+
+
 def _silence(layers: tuple[int, ...]) -> UnsupportedModelError:
     return UnsupportedModelError(f"layers {layers} gave no experts in this forward; rows from here on are missing.")
 
@@ -153,7 +163,7 @@ class Tap:
         """Rows lost while another thread was publishing that the writer has not heard of yet: see `lose`."""
         self._dtype = torch.uint8 if num_experts <= 256 else torch.int16
         self._kept: tuple[Indices | None, torch.Tensor | None] = (None, None)
-        """The kept rows of the last step on a GPU, and where they are there."""
+        """The kept rows of the last step, and the same on its device."""
         self._narrow = num_experts not in (256, 65536)
         self._checked = False
         self._current = _Current()
@@ -368,16 +378,11 @@ class Tap:
             self.lose(len(experts))
 
     def _kept_on(self, kept: Indices, device: torch.device) -> torch.Tensor:
-        """The indices there; the same as for the step before as long as a batch goes on."""
+        """The indices there: the same tensor as for the step before as long as a batch goes on."""
         known, there = self._kept
         if known is kept and there is not None and there.device == device:
             return there
-        there = torch.from_numpy(kept)
-        if device.type == "cuda":
-            with relaxed_capture():
-                # Pinned: a copy from other memory may wait for the stream ("API synchronization behavior", CUDA driver
-                # API).
-                there = there.pin_memory().to(device, non_blocking=True)
+        there = sent(kept, device)
         self._kept = (kept, there)
         return there
 

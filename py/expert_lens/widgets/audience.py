@@ -87,16 +87,18 @@ class Audience:
     def present(self) -> bool:
         """Whether a page shows the widget, looking or not, as far as one can tell."""
         with self._lock:
-            return bool(self._pages) if self._heard else self._displayed_at is not None
+            return self._present()
+
+    def _present(self) -> bool:
+        return bool(self._pages) if self._heard else self._displayed_at is not None
 
     def left(self, now: float, busy: bool) -> bool:
         """Whether nobody will look until a page speaks: all are gone, or none spoke to a free kernel when it should
         have, because its cell was run anew before it drew anything, say.
         """
         with self._lock:
-            if self._heard:
-                return not self._pages
-            return self._displayed_at is None or (not busy and now - self._displayed_at >= GREETING)
+            unheard = 0.0 if self._heard or self._displayed_at is None else now - self._displayed_at
+            return not self._present() or (not busy and unheard >= GREETING)
 
     def wait(self, now: float, busy: bool) -> float:
         """0 if a frame may be sent now, else the seconds until that may have changed.

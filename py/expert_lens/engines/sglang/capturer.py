@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from expert_lens import graphs
@@ -28,7 +29,7 @@ from expert_lens.engines.sglang.requests import Requests
 from expert_lens.engines.sglang.static import StaticExperts
 from expert_lens.errors import EngineHookError
 from expert_lens.graphs import GraphStep, ReplayRows
-from expert_lens.tap import Rows, Step, Tap, relaxed_capture
+from expert_lens.tap import Rows, Step, Tap, sent
 
 if TYPE_CHECKING:
     from expert_lens.types import Span
@@ -297,9 +298,7 @@ class Capturer:
         if not (found := self.requests.from_cache(batch)):
             return
         table = self._runner.req_to_token_pool.req_to_token
-        with relaxed_capture():
-            # Pinned, so that the copy is not waited for.
-            places = torch.tensor([place for place, _ in found], pin_memory=True).to(table.device, non_blocking=True)
+        places = sent(np.array([place for place, _ in found], np.intp), table.device)
         rows = batch.req_pool_indices.index_select(0, places)
         longest = max(span[3] for _, span in found)
         slots = table[:, :longest].index_select(0, rows)
