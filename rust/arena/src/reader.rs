@@ -98,7 +98,7 @@ pub struct Reader<M: Memory> {
     batch: Option<(u64, Arc<[Span]>)>,
     /// The same over the last step's rows, if some of its rows are none.
     accepted: Option<Arc<[Span]>>,
-    /// KV slots of those rows.
+    /// KV slots of the last step's rows that are none.
     emptied: Vec<u32>,
     payload: Vec<u64>,
 }
@@ -352,7 +352,7 @@ impl<M: Memory> Reader<M> {
         let Some(runs) = rejected::accepted(facts, what.sections, rows, payload) else {
             return what;
         };
-        self.emptied.extend(rejected::slots(facts, what.sections, rows, payload, &runs));
+        self.emptied.extend(rejected::slots(facts, what.sections, rows, payload));
         rejected::keep(facts, what.sections, rows, payload, &runs);
         self.accepted = self.batch.as_ref().map(|(_, spans)| rejected::spans_of(spans, &runs).into());
         Descriptor { rows: runs.iter().map(|run| run.len() as u32).sum(), ..what }

@@ -28,11 +28,16 @@ pub(crate) fn accepted(facts: &Facts, sections: u16, rows: usize, payload: &[u8]
     if payload.len() < facts.section_words(sections, rows) * 8 {
         return None;
     }
+    let positions = column(facts, sections, rows, payload, section::POSITIONS)?;
+    positions.contains(&NO_POSITION).then(|| runs(positions))
+}
+
+/// The section of that mask, of a u32 a row, in a payload behind the spans; None if the step has none.
+fn column<'a>(facts: &Facts, sections: u16, rows: usize, payload: &'a [u8], wanted: u16) -> Option<&'a [u32]> {
     let mut at = 0;
     for (mask, size) in row_sizes(facts, sections) {
-        if mask == section::POSITIONS {
-            let positions: &[u32] = bytemuck::cast_slice(&payload[at..at + rows * 4]);
-            return positions.contains(&NO_POSITION).then(|| runs(positions));
+        if mask == wanted {
+            return Some(bytemuck::cast_slice(&payload[at..at + rows * 4]));
         }
         at += (rows * size).next_multiple_of(8);
     }
@@ -50,24 +55,16 @@ fn runs(positions: &[u32]) -> Vec<Range<usize>> {
     runs
 }
 
-/// The KV slots of all other rows than those in `runs`.
-pub(crate) fn slots(
+/// The KV slots of the rows that are none, in a payload in which [`accepted`] has found some.
+pub(crate) fn slots<'a>(
     facts: &Facts,
     sections: u16,
     rows: usize,
-    payload: &[u8],
-    runs: &[Range<usize>],
-) -> impl Iterator<Item = u32> {
-    let mut at = 0;
-    let mut found: &[u32] = &[];
-    for (mask, size) in row_sizes(facts, sections) {
-        if mask == section::KV_SLOTS {
-            found = bytemuck::cast_slice(&payload[at..at + rows * 4]);
-        }
-        at += (rows * size).next_multiple_of(8);
-    }
-    let is_some = |row: usize| runs.iter().any(|run| run.contains(&row));
-    found.iter().enumerate().filter(move |&(row, _)| !is_some(row)).map(|(_, &slot)| slot)
+    payload: &'a [u8],
+) -> impl Iterator<Item = u32> + use<'a> {
+    let of_rows = |wanted| column(facts, sections, rows, payload, wanted).unwrap_or_default();
+    let rows = of_rows(section::POSITIONS).iter().zip(of_rows(section::KV_SLOTS));
+    rows.filter(|&(&position, _)| position == NO_POSITION).map(|(_, &slot)| slot)
 }
 
 /// Move these rows, which [`accepted`] has found, of each section together, to where they stand in a step of them alone.

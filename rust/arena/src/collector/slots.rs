@@ -24,9 +24,7 @@ impl Slots {
             self.forget();
         }
         for &slot in step.emptied {
-            if let Some(phase) = self.rows.phases.get_mut(slot as usize) {
-                *phase = MISSING;
-            }
+            self.empty(slot as usize);
         }
         let Some(kv_slots) = step.kv_slots else { return };
         let limit = (facts.kv_slots as usize).min(budget / RequestRows::row_bytes(facts));
@@ -40,9 +38,7 @@ impl Slots {
             let slot = slot as usize;
             if slot >= limit {
                 self.unkept += 1;
-                if let Some(phase) = self.rows.phases.get_mut(slot) {
-                    *phase = MISSING; // kept while the budget was larger, before another rank came
-                }
+                self.empty(slot); // kept while the budget was larger, before another rank came
                 continue;
             }
             let rows = &mut self.rows;
@@ -56,6 +52,13 @@ impl Slots {
             rows.phases[slot] = 0;
             rows.steps[slot] = step.step;
             rows.times[slot] = step.time_ns as i64;
+        }
+    }
+
+    /// What stood in a slot no longer does.
+    fn empty(&mut self, slot: usize) {
+        if let Some(phase) = self.rows.phases.get_mut(slot) {
+            *phase = MISSING;
         }
     }
 

@@ -256,12 +256,12 @@ impl Pinned {
 
     /// Wait until the devices have done all that was asked of them.
     fn synchronize(&self) -> Result<()> {
-        for device in &self.devices {
-            // SAFETY: takes nothing; the context is current.
-            let status = |driver: &Driver| unsafe { (driver.synchronize_context)() };
-            self.driver.within(device.context, || self.driver.check("cuCtxSynchronize", status(self.driver)))?;
-        }
-        Ok(())
+        let driver = self.driver;
+        let wait = || {
+            // SAFETY: takes nothing; it waits for the context that `within` makes current.
+            driver.check("cuCtxSynchronize", unsafe { (driver.synchronize_context)() })
+        };
+        self.devices.iter().try_for_each(|device| driver.within(device.context, wait))
     }
 }
 
