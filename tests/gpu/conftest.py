@@ -31,6 +31,14 @@ def captures_directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
+def unpinnable(tmp_path: Path) -> str:
+    """A folder for captures on a disk, of which no device can be given a page."""
+    if Path("/proc/mounts").read_text().count(f" {tmp_path.parts[1]} tmpfs "):
+        pytest.skip("the folder of this test is a tmpfs")
+    return str(tmp_path / "captures")
+
+
+@pytest.fixture
 def attach(captures_directory: Path) -> Iterator[Attach]:
     captures_directory.chmod(0o700)
     yield from attaching(captures_directory)

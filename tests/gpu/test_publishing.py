@@ -308,11 +308,8 @@ def test_what_a_killed_writer_published_is_readable(writer: str) -> None:
     assert (found["steps"], found["rows"], found["wrong"], found["wrong_tokens"]) == (100, 6400, 0, 0)
 
 
-def test_an_arena_that_cannot_be_pinned_says_where_it_must_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if Path("/proc/mounts").read_text().count(f" {tmp_path.parts[1]} tmpfs "):
-        pytest.skip("the folder of this test is a tmpfs")
-    monkeypatch.setenv("EXPERT_LENS_DIR", str(tmp_path / "captures"))
-    writer = make_writer("elsewhere")
+def test_an_arena_that_cannot_be_pinned_says_where_it_must_lie(unpinnable: str) -> None:
+    writer = make_writer("elsewhere", directory=unpinnable)
     with pytest.raises(CudaError, match=r"it must lie on a tmpfs"):
         publish(writer, OnDevice(128, 8), 0, 8)
     writer.close()
