@@ -211,7 +211,6 @@ class Writer:
         self,
         mailbox: Mailbox,
         num_rows: int,
-        *,
         token_ids: bool,
         positions: npt.NDArray[np.uint32] | None,
         kv_slots: bool,

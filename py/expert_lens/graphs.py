@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from expert_lens._core import MAILBOX_ENTRIES, Writer
+from expert_lens._core import MAILBOX_ENTRIES
 from expert_lens.errors import UnsupportedModelError
-from expert_lens.tap import U32, Rows, Step, Tap, relaxed_capture
+from expert_lens.tap import U32, Post, Rows, Step, Tap, relaxed_capture
 
 if TYPE_CHECKING:
     from expert_lens._core import Mailbox
@@ -206,7 +206,7 @@ class _ByKernels(GraphStep):
         mailbox.pass_over()
         self._rows: ReplayRows | None = None
         """Of the last replay, and what posts for them."""
-        self._post: Callable[[Writer], Any] = _nothing
+        self._post: Post | None = None
         super().__init__(tap, inputs.num_rows)
 
     def record(self, begun: torch.cuda.Event | None) -> None:
@@ -236,16 +236,15 @@ class _ByKernels(GraphStep):
         """Make ready what posts for these rows: the same for each replay of a batch that goes on."""
         tap, columns = self._active_tap(rows), self._columns
         if tap is None or rows is None:
-            self._rows, self._post = None, _nothing
+            self._rows = self._post = None
             return
         self._rows = rows
-        self._post = partial(
-            Writer.publish_graph,
-            mailbox=self._mailbox,
-            num_rows=rows.num_rows,
-            token_ids=columns.token_ids is not None,
-            positions=rows.positions if columns.positions is None else None,
-            kv_slots=columns.kv_slots is not None,
+        self._post = (
+            self._mailbox,
+            rows.num_rows,
+            columns.token_ids is not None,
+            rows.positions if columns.positions is None else None,
+            columns.kv_slots is not None,
         )
 
 
@@ -314,10 +313,6 @@ def _publish(tap: Tap, inputs: _Inputs, mailbox: Mailbox) -> None:
         weights[0].stride(0) if weights else 0,
         kernels.BLOCK_WORDS,
     )
-
-
-def _nothing(_: Writer) -> None:
-    """Posts nothing."""
 
 
 def _alike(tensors: Sequence[torch.Tensor | None], num_rows: int, top_k: int) -> list[torch.Tensor]:

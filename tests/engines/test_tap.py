@@ -1,11 +1,13 @@
 """The tap alone: what it packs, what it refuses, and how little it asks of the writer."""
 
+import contextlib
 import subprocess
 import sys
 import threading
 import types
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,13 @@ class NotingWriter:
     def fail(self, reason: str) -> None:
         self.calls.append(("fail", reason))
 
+    def publish_graph(self, mailbox: Any, num_rows: int, token_ids: bool, positions: Any, kv_slots: bool) -> None:
+        mailbox.replays += 1
+        self.calls.append(("post", num_rows, token_ids, positions is not None, kv_slots))
+
+    def void(self, record: int, device: int, stream: int) -> None:
+        self.calls.append(("void", record, device, stream))
+
     def drop_step(self, num_rows: int) -> None:
         self.calls.append(("drop", num_rows))
 
@@ -51,6 +60,14 @@ class NotingWriter:
 def make_tap(**options: Any) -> tuple[Any, NotingWriter]:
     writer: Any = NotingWriter()
     return Tap(writer, **{"layers": [1, 4], "num_experts": 8, "top_k": 2, **options}), writer
+
+
+@contextlib.contextmanager
+def somebody_publishes(tap: Tap) -> Iterator[None]:
+    """Another thread has the turn meanwhile."""
+    assert tap._take_turn()
+    yield
+    tap._turn.append(None)
 
 
 def held(tap: Tap, *layers: list[list[int]], weights: Any = None) -> Step:
@@ -292,10 +309,7 @@ class NotingMailbox:
     def __init__(self, calls: list[tuple[Any, ...]]) -> None:
         self.calls = calls
         self.replays = 0
-
-    def post(self, _: Any) -> None:
-        self.replays += 1
-        self.calls.append(("post",))
+        self.post = (self, 4, True, None, False)
 
     def pass_over(self) -> None:
         self.replays += 1
@@ -311,7 +325,6 @@ def launching(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, NotingWriter, Any]:
     """A tap, its writer, and a mailbox that note what is called in one list."""
     tap, writer = make_tap()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: types.SimpleNamespace(cuda_stream=77))
-    writer.void = lambda *call: writer.calls.append(("void", *call))  # type: ignore[attr-defined]
     return tap, writer, NotingMailbox(writer.calls)
 
 
@@ -347,17 +360,16 @@ def test_replays_of_a_batch_that_goes_on_state_it_once(launching: tuple[Any, Not
 def test_a_replay_that_fails_takes_its_post_back(launching: tuple[Any, NotingWriter, Any], where: str) -> None:
     tap, writer, mailbox = launching
 
-    def post(writer: Any) -> None:
-        mailbox.post(writer)
+    def interrupt(*_: Any) -> None:
         if where == "posting":
-            raise KeyboardInterrupt
-
-    def replay() -> None:
+            NotingWriter.publish_graph(writer, *mailbox.post)
         raise KeyboardInterrupt
 
+    if where == "posting":
+        writer.publish_graph = interrupt  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        tap.launch(mailbox, replay, FOUR_ROWS, post)
-    assert writer.calls[1:] == [("post",), ("retract", 77), ("void", 3, 0, 77)]
+        tap.launch(mailbox, interrupt, FOUR_ROWS, mailbox.post)
+    assert writer.calls[1:] == [("post", 4, True, False, False), ("retract", 77), ("void", 3, 0, 77)]
     assert tap.error is None
     tap.finish(1, "a", 5, "finished")
     assert writer.names[-1] == "finish", "the turn was given back"
@@ -367,7 +379,7 @@ def test_rows_of_a_replay_are_lost_and_counted_while_another_thread_publishes(
     launching: tuple[Any, NotingWriter, Any],
 ) -> None:
     tap, writer, mailbox = launching
-    with tap._turn:
+    with somebody_publishes(tap):
         tap.launch(mailbox, lambda: writer.calls.append(("launch",)), FOUR_ROWS, mailbox.post)
         tap.finish(1, "a", 5, "finished")
         assert writer.names == ["pass over", "launch"]
@@ -377,7 +389,7 @@ def test_rows_of_a_replay_are_lost_and_counted_while_another_thread_publishes(
 
 def test_rows_that_are_lost_while_very_much_waits_are_told_with_the_next_step() -> None:
     tap, writer = make_tap()
-    with tap._turn:
+    with somebody_publishes(tap):
         for _ in range(MAX_WAITING_JOBS):
             tap.finish(1, "a", 5, "finished")
         tap.lose(7)
@@ -387,33 +399,22 @@ def test_rows_that_are_lost_while_very_much_waits_are_told_with_the_next_step() 
     assert tap.lost_tokens == 0
 
 
-def test_what_posts_for_a_batch_is_made_ready_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_posts_for_a_batch_is_made_ready_once() -> None:
     """The kernels' part of a graph, without a device."""
     tap, writer = make_tap()
-    posted: list[dict[str, Any]] = []
     mailbox = NotingMailbox(writer.calls)
-
-    class Posting:
-        def publish_graph(self, **what: Any) -> None:
-            assert what.pop("mailbox") is mailbox
-            posted.append(what)
-            mailbox.replays += 1
-
-    monkeypatch.setattr(graphs, "Writer", Posting)
     step = object.__new__(graphs._ByKernels)
     step.max_rows, step._tap, step._mailbox = 4, weakref.ref(tap), mailbox  # type: ignore[assignment]
-    step._columns, step._rows, step._post = graphs._Columns(torch.zeros(4), None, None), None, graphs._nothing
+    step._columns, step._rows, step._post = graphs._Columns(torch.zeros(4), None, None), None, None
     positions = np.arange(4, dtype=np.uint32)
     fewer = ReplayRows([(1, "a", 0, 2, 0, "decode")], 2, positions[:2])
     for rows in (FOUR_ROWS, FOUR_ROWS, None, fewer, FOUR_ROWS):
         step.replay(lambda: writer.calls.append(("launch",)), rows)
-    assert [(what["num_rows"], what["positions"] is None) for what in posted] == [(4, True)] * 2 + [
-        (2, False),
-        (4, True),
-    ]
-    assert all((what["token_ids"], what["kv_slots"]) == (True, False) for what in posted)
+    posted = [call[1:] for call in writer.calls if call[0] == "post"]
+    assert posted == [(4, True, False, False)] * 2 + [(2, True, True, False), (4, True, False, False)]
     assert mailbox.replays == 5
-    assert writer.names == ["set_batch", *["launch"] * 2, "pass over", "launch", *["set_batch", "launch"] * 2]
+    four, again = ["set_batch", "post", "launch"], ["post", "launch"]
+    assert writer.names == [*four, *again, "pass over", "launch", *four, *four]
     with pytest.warns(RuntimeWarning, match="a replay of 5 rows, of a graph captured with 4"):
         step.replay(lambda: None, ReplayRows(FOUR_ROWS.spans, 5))
     assert not tap.active

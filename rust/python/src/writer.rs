@@ -306,7 +306,7 @@ impl Writer {
         Ok(self.open()?.mailbox(device, &table).map_err(to_python)?.map(Mailbox))
     }
 
-    #[pyo3(signature = (mailbox, num_rows, *, token_ids, positions, kv_slots))]
+    #[pyo3(signature = (mailbox, num_rows, token_ids, positions, kv_slots))]
     fn publish_graph(
         &mut self,
         py: Python<'_>,
