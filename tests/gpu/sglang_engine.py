@@ -102,7 +102,7 @@ def prepare(options: dict[str, Any]) -> tuple[dict[str, Any], Shape]:
     if chosen.get("speculative_algorithm") == "NEXTN":
         chosen["speculative_draft_model_path"] = folder
     shape = Shape(model["num_hidden_layers"], model["num_experts_per_tok"], model["vocab_size"])
-    port = 30_000 + os.getpid() % 1000 * 30  # engines beside one another count up from theirs
+    port = 20_000 + os.getpid() % 1000 * 30  # engines beside one another count up from theirs, and from 10 000 above
     return {"model_path": folder, "port": port, **chosen}, shape
 
 

@@ -230,7 +230,7 @@ def test_rows_are_there_when_their_number_is(way: str, captures_directory: Path)
     sent = seen = waited = 0
     for step in range(1, EDGE_STEPS):
         rows = (64, 1, 4096, 300)[step % 4]
-        torch.cuda._sleep(100_000)  # so that the number is waited for
+        torch.cuda._sleep(1_000_000)  # longer than it takes to publish, so that the number is waited for
         assert publish(writer, source, step, rows, positions_there=True)
         early, at_once, later = watch.newest()
         waited += early

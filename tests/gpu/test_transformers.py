@@ -234,7 +234,7 @@ def test_a_forward_takes_at_most_three_kernels(attach: Attach) -> None:
     ids, _ = prompts([9, 9])
 
     def kernels() -> int:
-        with profile(activities=[ProfilerActivity.CUDA]) as seen, torch.no_grad():
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen, torch.no_grad():
             model(ids, use_cache=False)
             torch.cuda.synchronize()
         on_device = [event.name for event in seen.events() if event.device_type == DeviceType.CUDA]
