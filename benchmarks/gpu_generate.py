@@ -1,16 +1,18 @@
 """transformers `generate` on a GPU, with and without the lens: `python benchmarks/gpu_generate.py`.
 
-A random Qwen3-MoE of 24 layers, in eager mode: every round runs each way once, in an order of its own, and of each the
-median step counts; a figure is relative to the mean of the round's two runs without anything.
+Random Qwen3-MoEs of 24 layers, alike, in eager mode, one for each way; two of them without anything, which tells how
+much the figures scatter by themselves. They decode at once, each in a thread of its own, and take turns, a step each,
+in a new order each round: what else the machine does then befalls them alike. A step is what `generate` takes from one
+token to the next, which waits for the GPU; figures are of each round, relative to the step without anything in it.
 """
 
-import itertools
 import json
 import os
 import random
 import statistics
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +22,7 @@ import transformers
 from expert_lens._core import Collector
 from expert_lens.engines import transformers as engine
 
-TOKENS, ROUNDS = 24, 8
+STEPS, SKIPPED = 400, 20
 NAME = f"bench-{os.getpid()}"
 
 
@@ -38,13 +40,9 @@ def make_model() -> Any:
         eos_token_id=None,
         pad_token_id=0,
     )
+    torch.manual_seed(1)
     with torch.device("cuda"):
         return transformers.Qwen3MoeForCausalLM(config).to(torch.bfloat16).eval()
-
-
-@contextmanager
-def nothing(_: Any) -> Iterator[None]:
-    yield
 
 
 @contextmanager
@@ -75,57 +73,85 @@ def hooks_with_cpu(model: Any) -> Iterator[None]:
             handle.remove()
 
 
-WAYS: dict[str, Callable[[Any], Any]] = {"lens": lens, "hooks with .cpu()": hooks_with_cpu}
+WAYS = ("nothing", "nothing, again", "lens", "hooks with .cpu()")
+
+
+class Turns:
+    """Lets the ways' threads run one after the other, a step each, in an order that is new in each round."""
+
+    def __init__(self) -> None:
+        self._turns = {name: threading.Semaphore(0) for name in WAYS}
+        self._round: list[str] = []
+        self.give()
+
+    def wait(self, name: str) -> None:
+        """Wait for this one's turn."""
+        self._turns[name].acquire()
+
+    def give(self) -> None:
+        """Let the next one have the turn."""
+        self._round = self._round or random.sample(WAYS, len(WAYS))
+        self._turns[self._round.pop()].release()
 
 
 class Clock(transformers.StoppingCriteria):
-    """Stops nothing, and notes when it is asked: once a step."""
+    """Stops nothing; is asked once a step, notes how long that took, in milliseconds, and lets the others do theirs."""
 
-    def __init__(self) -> None:
-        self.asked: list[float] = []
+    def __init__(self, name: str, turns: Turns) -> None:
+        self.steps: list[float] = []
+        self._name, self._turns = name, turns
+        turns.wait(name)
+        self._began = time.perf_counter()
 
     def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Of no sequence [n] is it said that it is done."""
-        self.asked.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-def step(model: Any, inputs: dict[str, Any], way: Callable[[Any], Any]) -> float:
-    """The median decode step, in milliseconds; `generate` waits for the GPU in each."""
-    clock = Clock()
-    with way(model):
-        model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False, stopping_criteria=[clock])
+        going_on = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         torch.cuda.synchronize()
-    steps = [(after - before) * 1e3 for before, after in itertools.pairwise(clock.asked)]
-    return statistics.median(steps[2:])
+        self.steps.append((time.perf_counter() - self._began) * 1e3)
+        self._turns.give()
+        self._turns.wait(self._name)
+        self._began = time.perf_counter()
+        return going_on
+
+
+def decode(models: dict[str, Any], inputs: dict[str, Any]) -> dict[str, list[float]]:
+    """How long each way took for each step."""
+    turns = Turns()
+    steps: dict[str, list[float]] = {}
+
+    def run(name: str) -> None:
+        with torch.inference_mode():
+            clock = Clock(name, turns)
+            models[name].generate(**inputs, max_new_tokens=STEPS, do_sample=False, stopping_criteria=[clock])
+        turns.give()
+        steps[name] = clock.steps[SKIPPED:]
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return steps
 
 
 def main() -> None:
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}")
-    model = make_model()
-    for batch in (1, 64):
-        ids = torch.randint(1, 4096, (batch, 32), device="cuda")
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        step(model, inputs, nothing)
-        steps: list[float] = []
-        ratios: dict[str, list[float]] = {name: [] for name in WAYS}
-        for _ in range(ROUNDS):
-            order: list[tuple[str, Callable[[Any], Any]]] = [*WAYS.items(), ("", nothing), ("", nothing)]
-            took: dict[str, list[float]] = {}
-            for name, way in random.sample(order, len(order)):
-                took.setdefault(name, []).append(step(model, inputs, way))
-            without = statistics.mean(took[""])
-            steps.append(without)
-            for name in WAYS:
-                ratios[name].append(without / took[name][0])
-        show(f"24 layers, batch {batch}: a step without anything", "ms", steps)
-        for name, values in ratios.items():
-            show(f"24 layers, batch {batch}: {name} : nothing", "speed ratio", values)
+    models = {name: make_model() for name in WAYS}
+    with lens(models["lens"]), hooks_with_cpu(models["hooks with .cpu()"]):
+        for batch in (1, 64):
+            ids = torch.randint(1, 4096, (batch, 32), device="cuda")
+            steps = decode(models, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+            without = steps.pop("nothing")
+            show(f"24 layers, batch {batch}: a step without anything", "ms", without)
+            for name, values in steps.items():
+                ratios = [alone / beside for alone, beside in zip(without, values, strict=True)]
+                bar = {"bar": ">= 0.99"} if name == "lens" else {}
+                show(f"24 layers, batch {batch}: {name} : nothing", "speed ratio", ratios, **bar)
 
 
-def show(name: str, unit: str, values: list[float]) -> None:
+def show(name: str, unit: str, values: list[float], **more: Any) -> None:
     low, median, high = statistics.quantiles(values, n=4)
-    line = {"name": name, "unit": unit, "median": round(median, 4), "spread": [round(low, 4), round(high, 4)]}
+    line = {"name": name, "unit": unit, "median": round(median, 4), "spread": [round(low, 4), round(high, 4)], **more}
     print(json.dumps(line), flush=True)
 
 

@@ -27,7 +27,8 @@ def run(job: str, options: dict[str, Any] | None = None) -> tuple[dict[str, Any]
         text=True,
         errors="replace",
         cwd=SCRIPT.parent,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # Engines of other tests may be on one of the GPUs alone.
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"},
     )
     results = [line for line in done.stdout.splitlines() if line.startswith('{"')]
     assert done.returncode == 0, done.stdout[-6000:]
