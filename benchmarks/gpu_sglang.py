@@ -1,7 +1,8 @@
 """SGLang's own experiment on one GPU, Qwen3-30B-A3B's shape with dummy weights: `python benchmarks/gpu_sglang.py`.
 
 Modes, each an engine of its own, started in turn and some of them twice; MODES="off;lens, recorded", say, in the
-environment asks for others than ORDER:
+environment asks for others than ORDER. Where there is memory for several engines, MODES="off|lens;native" has the
+first two stand side by side: they are started at once, and take turns by the run.
 
 * `off`: without the plugin.
 * `off, a reader beside it`: the same, and a lens looks at a capture of something else, so that what a busy reader
@@ -20,6 +21,7 @@ arrive, once all requests decode. A figure of the lens or of SGLang's capture is
 """
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -30,7 +32,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ import numpy as np
 ORDER = ("off", "lens", "native", "lens", "off", "timing")
 EXPERIMENTS = ((1, 1024), (64, 512))
 PROMPT, RUNS, SKIPPED = 1024, 2, 48
+READY = "READY"
 TESTS = Path(__file__).parent.parent / "tests" / "gpu"
 MODEL: dict[str, Any] = {
     "head_dim": 128,
@@ -106,7 +109,7 @@ def reader_beside() -> Iterator[None]:
 
 
 def run_mode(mode: str) -> None:
-    """Start an engine, run the experiments, and print what each run gave."""
+    """Start an engine, say that it is ready, and for each line of input run the experiments and print their figures."""
     sys.path.insert(0, str(TESTS))
     import sglang_engine
 
@@ -157,9 +160,11 @@ def run_mode(mode: str) -> None:
     with beside.get(mode, nullcontext)():
         for requests, _ in EXPERIMENTS:
             experiment(requests, SKIPPED + 16)
-        for _ in range(RUNS):
+        print(READY, flush=True)
+        for _ in sys.stdin:
             for requests, output in EXPERIMENTS:
                 print("RUN " + json.dumps(experiment(requests, output)), flush=True)
+            print(READY, flush=True)
     if lens is not None:
         stats = lens.stats
         print(f"lens: {stats['tokens']} rows, {stats['dropped_tokens']} dropped", file=sys.stderr)
@@ -168,19 +173,63 @@ def run_mode(mode: str) -> None:
     engine.shutdown()
 
 
-def start(*arguments: str) -> list[str]:
-    """The lines that a process of its own prints."""
+@contextmanager
+def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A process of its own, of Python; what it writes to stderr is shown if it fails."""
     with tempfile.TemporaryFile("w+") as log:
-        done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=log, text=True, cwd=TESTS)
-        log.seek(0)
-        print(log.read()[-2000:] if done.returncode else "", file=sys.stderr)
-    return done.stdout.splitlines()
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+        process = subprocess.Popen([sys.executable, *arguments], text=True, cwd=TESTS, **pipes)
+        try:
+            yield process
+        finally:
+            process.kill()
+            if process.wait():
+                log.seek(0)
+                print(log.read()[-2000:], file=sys.stderr)
+
+
+def until_ready(engine: subprocess.Popen[str]) -> list[str]:
+    """The lines that it prints until it is ready, or has failed; shown as they come, should this be cut off."""
+    assert engine.stdout is not None
+    lines = []
+    for line in itertools.takewhile(lambda line: line != f"{READY}\n", engine.stdout):
+        print(line, end="", file=sys.stderr, flush=True)
+        lines.append(line)
+    return lines
+
+
+def ask(engine: subprocess.Popen[str]) -> None:
+    """Have it run the experiments once; of one that has failed its end tells."""
+    assert engine.stdin is not None
+    with suppress(BrokenPipeError):
+        engine.stdin.write("run\n")
+        engine.stdin.flush()
+
+
+def until_end(process: subprocess.Popen[str]) -> str:
+    """What it prints when nothing more is asked of it."""
+    printed: str = process.communicate()[0]
+    return printed
 
 
 def show(name: str, unit: str, values: list[float], **more: Any) -> None:
     low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
     line = {"name": name, "unit": unit, "median": round(median, 4), "spread": [round(low, 4), round(high, 4)], **more}
     print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def run_beside(modes: list[str]) -> list[dict[str, Any]]:
+    """What the runs of these modes gave, whose engines stand side by side and take turns."""
+    with ExitStack() as stack:
+        engines = [stack.enter_context(started(__file__, mode)) for mode in modes]
+        lines = [line for engine in engines for line in until_ready(engine)]
+        for _ in range(RUNS):
+            for engine in engines:
+                ask(engine)
+                lines += until_ready(engine)
+        for engine in engines:
+            print(until_end(engine), end="", file=sys.stderr, flush=True)
+    return [json.loads(line[4:]) for line in lines if line.startswith("RUN ")]
 
 
 def report(runs: list[dict[str, Any]]) -> None:
@@ -210,21 +259,11 @@ def report(runs: list[dict[str, Any]]) -> None:
                 show(f"{what}: decode step, {mode}, p99", "µs", [run["p99"] for run in of[mode]])
 
 
-def main() -> None:
-    import sglang
-    import torch
-
-    print(f"# {torch.cuda.get_device_name()}, SGLang {sglang.__version__}, torch {torch.__version__}", flush=True)
-    runs: list[dict[str, Any]] = []
-    modes = os.environ.get("MODES", ";".join(ORDER)).split(";")
-    for mode in modes:
-        if mode == "timing":
-            continue
-        lines = start(__file__, mode)
-        runs += [json.loads(line[4:]) for line in lines if line.startswith("RUN ")]
-        print(f"{mode}:", *lines, sep="\n", file=sys.stderr, flush=True)
-    report(runs)
-    for line in [] if "timing" not in modes else start(str(TESTS / "sglang_engine.py"), "timing", "{}"):
+def report_timing() -> None:
+    """What expert_lens takes of the scheduler's thread in a decode step."""
+    with started(str(TESTS / "sglang_engine.py"), "timing", "{}") as process:
+        printed = until_end(process)
+    for line in printed.splitlines():
         if line.startswith('{"n'):
             for rows, found in json.loads(line).items():
                 if rows.startswith("n = "):
@@ -232,6 +271,21 @@ def main() -> None:
                     figure = {"median": median, "spread": [low, high], "p99": p99, "n": found["steps"], "bar": "<= 5"}
                     name = f"ours on the scheduler's thread a decode step, {rows}"
                     print(json.dumps({"name": name, "unit": "µs", **figure}, ensure_ascii=False), flush=True)
+
+
+def main() -> None:
+    import sglang
+    import torch
+
+    print(f"# {torch.cuda.get_device_name()}, SGLang {sglang.__version__}, torch {torch.__version__}", flush=True)
+    runs: list[dict[str, Any]] = []
+    modes = os.environ.get("MODES", ";".join(ORDER)).split(";")
+    for beside in modes:
+        if beside != "timing":
+            runs += run_beside(beside.split("|"))
+    report(runs)
+    if "timing" in modes:
+        report_timing()
 
 
 if __name__ == "__main__":
