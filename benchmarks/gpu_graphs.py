@@ -157,10 +157,10 @@ class TimedWriter:
         self.posts: list[float] = []
         self._writer = writer
 
-    def publish_graph(self, *post: Any) -> None:
+    def publish_graph(self, mailbox: Any) -> None:
         """As the writer does."""
         began = time.perf_counter_ns()
-        self._writer.publish_graph(*post)
+        self._writer.publish_graph(mailbox)
         self.posts.append((time.perf_counter_ns() - began) / 1e3)
 
 

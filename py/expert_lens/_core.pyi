@@ -207,21 +207,13 @@ class Writer:
         Raises CudaError when the driver refuses.
         """
 
-    def publish_graph(
-        self,
-        mailbox: Mailbox,
-        num_rows: int,
-        token_ids: bool,
-        positions: npt.NDArray[np.uint32] | None,
-        kv_slots: bool,
-    ) -> bool:
+    def publish_graph(self, mailbox: Mailbox) -> bool:
         """Publish the rows that the next replay of the mailbox's graph writes; that replay must be launched next.
 
-        token_ids, kv_slots: whether the graph writes them; positions: u32 [n], or None if the graph writes them. Its
-        kernels must write these sections, as `expert_lens.kernels` does, for num_rows rows. No call of the driver.
+        They are those of `Mailbox.set_rows`: the same as in the last replay, or stated anew. No call of the driver.
 
-        Returns as `publish`; a step larger than a quarter of the ring is dropped. Raises ValueError as `publish`, and
-        CudaError when replays passed by the mailbox: its replays then write nothing.
+        Returns as `publish`; a step larger than a quarter of the ring is dropped. Raises ValueError as `publish`, or
+        when no rows are stated, and CudaError when replays passed by the mailbox: its replays then write nothing.
         """
 
     def void(self, record: int, device: int, stream: int) -> None:
@@ -264,6 +256,17 @@ class Mailbox:
 
     The graph's memory in a sense: keep it for as long as the graph can be replayed. Addresses are the device's.
     """
+
+    def set_rows(
+        self, num_rows: int, *, token_ids: bool, positions: npt.NDArray[np.uint32] | None, kv_slots: bool
+    ) -> None:
+        """State what replays write from now on.
+
+        token_ids, kv_slots: whether the graph writes them; positions: u32 [n], or None if the graph writes them. Its
+        kernels must write these sections, as `expert_lens.kernels` does, for num_rows rows.
+
+        Raises ValueError for positions that are not C-contiguous.
+        """
 
     def pass_over(self) -> None:
         """The next replay has no rows to publish; it is counted, and writes nothing."""

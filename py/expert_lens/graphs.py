@@ -25,7 +25,7 @@ import torch
 
 from expert_lens._core import MAILBOX_ENTRIES
 from expert_lens.errors import UnsupportedModelError
-from expert_lens.tap import U32, Post, Rows, Step, Tap, relaxed_capture
+from expert_lens.tap import U32, Rows, Step, Tap, relaxed_capture
 
 if TYPE_CHECKING:
     from expert_lens._core import Mailbox
@@ -205,8 +205,7 @@ class _ByKernels(GraphStep):
             self._beside.synchronize()
         mailbox.pass_over()
         self._rows: ReplayRows | None = None
-        """Of the last replay, and what posts for them."""
-        self._post: Post | None = None
+        """Of the last replay, as stated to the mailbox."""
         super().__init__(tap, inputs.num_rows)
 
     def record(self, begun: torch.cuda.Event | None) -> None:
@@ -230,21 +229,20 @@ class _ByKernels(GraphStep):
             return
         if rows is not self._rows:
             self._set_rows(rows)
-        tap.launch(self._mailbox, launch, self._rows, self._post)
+        tap.launch(self._mailbox, launch, self._rows)
 
     def _set_rows(self, rows: ReplayRows | None) -> None:
-        """Make ready what posts for these rows: the same for each replay of a batch that goes on."""
+        """State these rows to the mailbox: the same for each replay of a batch that goes on."""
         tap, columns = self._active_tap(rows), self._columns
         if tap is None or rows is None:
-            self._rows = self._post = None
+            self._rows = None
             return
         self._rows = rows
-        self._post = (
-            self._mailbox,
+        self._mailbox.set_rows(
             rows.num_rows,
-            columns.token_ids is not None,
-            rows.positions if columns.positions is None else None,
-            columns.kv_slots is not None,
+            token_ids=columns.token_ids is not None,
+            positions=rows.positions if columns.positions is None else None,
+            kv_slots=columns.kv_slots is not None,
         )
 
 

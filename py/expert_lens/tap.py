@@ -19,7 +19,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from expert_lens.graphs import ReplayRows
     from expert_lens.types import EndState, Span
 
-__all__ = ["DecodeRun", "Post", "Rows", "Step", "Tap", "relaxed_capture", "sent"]
+__all__ = ["DecodeRun", "Rows", "Step", "Tap", "relaxed_capture", "sent"]
 
 MAX_WAITING_STEPS = 64
 """Steps that wait at most while another thread publishes; further ones are lost, and counted."""
@@ -49,8 +49,6 @@ RELAXED = 2
 
 Indices = npt.NDArray[np.intp]
 U32 = npt.NDArray[np.uint32]
-Post: TypeAlias = "tuple[Mailbox, int, bool, U32 | None, bool]"
-"""The arguments of `Writer.publish_graph`."""
 
 
 class Step:
@@ -393,13 +391,13 @@ class Tap:
         self._kept = (kept, there)
         return there
 
-    def launch(self, mailbox: Mailbox, replay: Callable[[], Any], rows: ReplayRows | None, post: Post | None) -> None:
-        """Launch a replay of a CUDA graph, and publish by `Writer.publish_graph(*post)` the rows it writes.
+    def launch(self, mailbox: Mailbox, replay: Callable[[], Any], rows: ReplayRows | None) -> None:
+        """Launch a replay of a CUDA graph, and publish the rows that it writes.
 
-        `rows` None: it has none. Posting and launching go together: nobody else publishes between them. They cannot be
-        left to another thread, as `publish` can: if one is just publishing, the rows are lost and counted. What
-        `replay` raises is passed on; the rows are then all there or, if the replay did not run, void; they count as
-        dropped.
+        `rows`: as stated to the mailbox; None: it has none. Posting and launching go together: nobody else publishes
+        between them. They cannot be left to another thread, as `publish` can: if one is just publishing, the rows are
+        lost and counted. What `replay` raises is passed on; the rows are then all there or, if the replay did not run,
+        void; they count as dropped.
 
         It runs between two steps of an engine, when nothing of it is in the processor's caches: what it calls, it pays
         for several times over.
@@ -407,13 +405,13 @@ class Tap:
         held = self._take_turn() if self._jobs else self._pop_turn()
         before = mailbox.replays
         try:
-            if rows is not None and post is not None and self.active:
+            if rows is not None and self.active:
                 if held:
                     try:
                         if rows.spans is not self._batch or self.lost_tokens:
                             self.set_batch(rows.spans)
                         self._next = None
-                        self.writer.publish_graph(*post)
+                        self.writer.publish_graph(mailbox)
                     except Exception as error:
                         self.fail(error)
                 else:

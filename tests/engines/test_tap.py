@@ -36,9 +36,9 @@ class NotingWriter:
     def fail(self, reason: str) -> None:
         self.calls.append(("fail", reason))
 
-    def publish_graph(self, mailbox: Any, num_rows: int, token_ids: bool, positions: Any, kv_slots: bool) -> None:
+    def publish_graph(self, mailbox: Any) -> None:
         mailbox.replays += 1
-        self.calls.append(("post", num_rows, token_ids, positions is not None, kv_slots))
+        self.calls.append(("post", mailbox.rows))
 
     def void(self, record: int, device: int, stream: int) -> None:
         self.calls.append(("void", record, device, stream))
@@ -309,7 +309,10 @@ class NotingMailbox:
     def __init__(self, calls: list[tuple[Any, ...]]) -> None:
         self.calls = calls
         self.replays = 0
-        self.post = (self, 4, True, None, False)
+        self.rows: dict[str, Any] | None = None
+
+    def set_rows(self, num_rows: int, **what: Any) -> None:
+        self.rows = {"num_rows": num_rows, **what}
 
     def pass_over(self) -> None:
         self.replays += 1
@@ -338,21 +341,21 @@ def test_a_replay_is_posted_for_and_launched_and_nobody_comes_between(launching:
         others[0].join()
         writer.calls.append(("launch",))
 
-    tap.launch(mailbox, replay, FOUR_ROWS, mailbox.post)
+    tap.launch(mailbox, replay, FOUR_ROWS)
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join(10)
     assert writer.names == ["set_batch", "post", "launch", "finish", "close"]
-    tap.launch(mailbox, lambda: None, FOUR_ROWS, mailbox.post)
+    tap.launch(mailbox, lambda: None, FOUR_ROWS)
     assert writer.names[5:] == ["pass over"], "the capture is off"
 
 
 def test_replays_of_a_batch_that_goes_on_state_it_once(launching: tuple[Any, NotingWriter, Any]) -> None:
     tap, writer, mailbox = launching
     for _ in range(2):
-        tap.launch(mailbox, lambda: None, FOUR_ROWS, mailbox.post)
-    tap.launch(mailbox, lambda: None, None, mailbox.post)
-    tap.launch(mailbox, lambda: None, ReplayRows([(2, "b", 0, 4, 0, "decode")], 4), mailbox.post)
+        tap.launch(mailbox, lambda: None, FOUR_ROWS)
+    tap.launch(mailbox, lambda: None, None)
+    tap.launch(mailbox, lambda: None, ReplayRows([(2, "b", 0, 4, 0, "decode")], 4))
     assert writer.names == ["set_batch", "post", "post", "pass over", "set_batch", "post"]
 
 
@@ -362,14 +365,14 @@ def test_a_replay_that_fails_takes_its_post_back(launching: tuple[Any, NotingWri
 
     def interrupt(*_: Any) -> None:
         if where == "posting":
-            NotingWriter.publish_graph(writer, *mailbox.post)
+            NotingWriter.publish_graph(writer, mailbox)
         raise KeyboardInterrupt
 
     if where == "posting":
         writer.publish_graph = interrupt  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        tap.launch(mailbox, interrupt, FOUR_ROWS, mailbox.post)
-    assert writer.calls[1:] == [("post", 4, True, False, False), ("retract", 77), ("void", 3, 0, 77)]
+        tap.launch(mailbox, interrupt, FOUR_ROWS)
+    assert writer.calls[1:] == [("post", None), ("retract", 77), ("void", 3, 0, 77)]
     assert tap.error is None
     tap.finish(1, "a", 5, "finished")
     assert writer.names[-1] == "finish", "the turn was given back"
@@ -380,7 +383,7 @@ def test_rows_of_a_replay_are_lost_and_counted_while_another_thread_publishes(
 ) -> None:
     tap, writer, mailbox = launching
     with somebody_publishes(tap):
-        tap.launch(mailbox, lambda: writer.calls.append(("launch",)), FOUR_ROWS, mailbox.post)
+        tap.launch(mailbox, lambda: writer.calls.append(("launch",)), FOUR_ROWS)
         tap.finish(1, "a", 5, "finished")
         assert writer.names == ["pass over", "launch"]
     tap.finish(2, "b", 5, "finished")
@@ -405,13 +408,18 @@ def test_what_posts_for_a_batch_is_made_ready_once() -> None:
     mailbox = NotingMailbox(writer.calls)
     step = object.__new__(graphs._ByKernels)
     step.max_rows, step._tap, step._mailbox = 4, weakref.ref(tap), mailbox  # type: ignore[assignment]
-    step._columns, step._rows, step._post = graphs._Columns(torch.zeros(4), None, None), None, None
+    step._columns, step._rows = graphs._Columns(torch.zeros(4), None, None), None
     positions = np.arange(4, dtype=np.uint32)
     fewer = ReplayRows([(1, "a", 0, 2, 0, "decode")], 2, positions[:2])
     for rows in (FOUR_ROWS, FOUR_ROWS, None, fewer, FOUR_ROWS):
         step.replay(lambda: writer.calls.append(("launch",)), rows)
-    posted = [call[1:] for call in writer.calls if call[0] == "post"]
-    assert posted == [(4, True, False, False)] * 2 + [(2, True, True, False), (4, True, False, False)]
+    posted = [call[1] for call in writer.calls if call[0] == "post"]
+    assert [(rows["num_rows"], rows["positions"] is None) for rows in posted] == [(4, True)] * 2 + [
+        (2, False),
+        (4, True),
+    ]
+    assert posted[0] is posted[1], "stated once"
+    assert all((rows["token_ids"], rows["kv_slots"]) == (True, False) for rows in posted)
     assert mailbox.replays == 5
     four, again = ["set_batch", "post", "launch"], ["post", "launch"]
     assert writer.names == [*four, *again, "pass over", "launch", *four, *four]

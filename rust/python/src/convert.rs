@@ -2,9 +2,21 @@
 
 use expert_lens_arena::{Facts, Way};
 use half::f16;
-use numpy::{PyArray1, PyArrayMethods};
+use numpy::{Element, PyArray1, PyArrayMethods, PyReadonlyArray};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
+
+/// An array's values, in their order in memory.
+///
+/// # Errors
+/// ValueError for an array with gaps or another order.
+pub fn contiguous<'a, T: Element, D: numpy::ndarray::Dimension>(
+    name: &str,
+    array: &'a PyReadonlyArray<'_, T, D>,
+) -> PyResult<&'a [T]> {
+    array.as_slice().map_err(|_| PyValueError::new_err(format!("{name} is not C-contiguous; copy it first")))
+}
 
 /// Expert ids in native byte order as [n, L, K], u8 or u16.
 pub fn experts<'py>(py: Python<'py>, facts: &Facts, bytes: Vec<u8>) -> PyResult<Bound<'py, PyAny>> {

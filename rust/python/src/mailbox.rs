@@ -1,58 +1,86 @@
 //! `_core.Mailbox`: where the kernels of a CUDA graph look at each replay.
 
+use crate::convert::contiguous;
 use crate::errors::to_python;
+use numpy::PyReadonlyArray1;
 use pyo3::prelude::*;
 
 /// The mailbox of one CUDA graph.
 #[pyclass(module = "expert_lens._core")]
-pub struct Mailbox(pub expert_lens_arena::Mailbox);
+pub struct Mailbox {
+    pub inner: expert_lens_arena::Mailbox,
+    /// What its replays write, until other rows are stated.
+    pub rows: Option<ReplayRows>,
+}
+
+/// As [`expert_lens_arena::GraphRows`].
+pub struct ReplayRows {
+    pub rows: usize,
+    pub token_ids: bool,
+    pub positions: Option<Vec<u32>>,
+    pub kv_slots: bool,
+}
 
 #[pymethods]
 impl Mailbox {
+    #[pyo3(signature = (num_rows, *, token_ids, positions, kv_slots))]
+    fn set_rows(
+        &mut self,
+        num_rows: usize,
+        token_ids: bool,
+        positions: Option<PyReadonlyArray1<'_, u32>>,
+        kv_slots: bool,
+    ) -> PyResult<()> {
+        let positions =
+            positions.as_ref().map(|array| contiguous("positions", array)).transpose()?.map(<[u32]>::to_vec);
+        self.rows = Some(ReplayRows { rows: num_rows, token_ids, positions, kv_slots });
+        Ok(())
+    }
+
     fn pass_over(&mut self) {
-        self.0.pass_over();
+        self.inner.pass_over();
     }
 
     fn retract(&mut self, stream: u64) -> PyResult<Option<u64>> {
         // SAFETY: the stub asks the caller for the raw stream of the replays.
         #[expect(unsafe_code, reason = "Python can only give handles")]
-        let record = unsafe { self.0.retract(stream) };
+        let record = unsafe { self.inner.retract(stream) };
         record.map_err(to_python)
     }
 
     #[getter]
     fn entries(&self) -> u64 {
-        self.0.entries()
+        self.inner.entries()
     }
 
     #[getter]
     fn taken(&self) -> u64 {
-        self.0.taken_word()
+        self.inner.taken_word()
     }
 
     #[getter]
     fn device(&self) -> i32 {
-        self.0.ordinal()
+        self.inner.ordinal()
     }
 
     #[getter]
     fn stream(&self) -> u64 {
-        self.0.stream()
+        self.inner.stream()
     }
 
     #[getter]
     fn state(&self) -> u64 {
-        self.0.state()
+        self.inner.state()
     }
 
     #[getter]
     fn table(&self) -> u64 {
-        self.0.table()
+        self.inner.table()
     }
 
     #[getter]
     fn replays(&self) -> u64 {
-        self.0.replays()
+        self.inner.replays()
     }
 }
 

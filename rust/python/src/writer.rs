@@ -1,14 +1,14 @@
 //! `_core.Writer`: the publishing end.
 
-use crate::convert;
+use crate::convert::{self, contiguous};
 use crate::errors::{OptionError, to_python};
-use crate::mailbox::Mailbox;
+use crate::mailbox::{Mailbox, ReplayRows};
 use crate::{directory_or_default, phase_of, seconds};
 use expert_lens_arena::{
     DeviceRows, End, Facts, GraphRows, OnFull, Outcome, Prefix, Publisher, Rows, Source, Span, Way,
 };
 use half::f16;
-use numpy::{Element, PyReadonlyArray, PyReadonlyArray1, PyReadonlyArray3, PyReadonlyArrayDyn};
+use numpy::{Element, PyReadonlyArray1, PyReadonlyArray3, PyReadonlyArrayDyn};
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use std::path::PathBuf;
@@ -52,13 +52,6 @@ fn spans_of(spans: Vec<PySpan>) -> PyResult<Vec<Span>> {
 
 fn closed() -> PyErr {
     PyRuntimeError::new_err("this writer is closed; attach again to publish under a new capture")
-}
-
-fn contiguous<'a, T: Element, D: numpy::ndarray::Dimension>(
-    name: &str,
-    array: &'a PyReadonlyArray<'_, T, D>,
-) -> PyResult<&'a [T]> {
-    array.as_slice().map_err(|_| PyValueError::new_err(format!("{name} is not C-contiguous; copy it first")))
 }
 
 /// Expert ids [n, L, K] as bytes.
@@ -303,26 +296,21 @@ impl Writer {
     }
 
     fn mailbox(&mut self, device: i32, table: Vec<u64>) -> PyResult<Option<Mailbox>> {
-        Ok(self.open()?.mailbox(device, &table).map_err(to_python)?.map(Mailbox))
+        let inner = self.open()?.mailbox(device, &table).map_err(to_python)?;
+        Ok(inner.map(|inner| Mailbox { inner, rows: None }))
     }
 
-    #[pyo3(signature = (mailbox, num_rows, token_ids, positions, kv_slots))]
-    fn publish_graph(
-        &mut self,
-        py: Python<'_>,
-        mailbox: &mut Mailbox,
-        num_rows: usize,
-        token_ids: bool,
-        positions: Option<PyReadonlyArray1<'_, u32>>,
-        kv_slots: bool,
-    ) -> PyResult<bool> {
+    fn publish_graph(&mut self, py: Python<'_>, mailbox: &mut Mailbox) -> PyResult<bool> {
         let waits = self.waits;
         let publisher = self.open()?;
-        let positions = positions.as_ref().map(|array| contiguous("positions", array)).transpose()?;
-        let rows = GraphRows { rows: num_rows, token_ids, positions, kv_slots };
+        let Mailbox { inner, rows } = mailbox;
+        let ReplayRows { rows, token_ids, positions, kv_slots } =
+            rows.as_ref().ok_or_else(|| PyValueError::new_err("no rows are stated; Mailbox.set_rows comes first"))?;
+        let (rows, token_ids, kv_slots) = (*rows, *token_ids, *kv_slots);
+        let rows = GraphRows { rows, token_ids, positions: positions.as_deref(), kv_slots };
         // SAFETY: the stub asks the caller for kernels that write these sections for so many rows.
         #[expect(unsafe_code, reason = "the kernels are Python's")]
-        let mut publish = || unsafe { publisher.publish_graph(&mut mailbox.0, &rows) };
+        let mut publish = || unsafe { publisher.publish_graph(inner, &rows) };
         let published = if waits { py.detach(publish) } else { publish() };
         Ok(published.map_err(to_python)?.dropped == 0)
     }
