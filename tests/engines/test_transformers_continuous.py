@@ -11,7 +11,7 @@ import pytest
 from batches import Batches, check_batches, generate_batch, small_batches
 from expert_lens._core import Writer
 from expert_lens.engines.names import RequestNames
-from expert_lens.engines.transformers.continuous import ContinuousBatches, _Manager
+from expert_lens.engines.transformers.continuous import ContinuousBatches, _Manager, _Request
 from expert_lens.errors import EngineHookError
 from expert_lens.tap import Tap
 from oracle import Oracle, replayed
@@ -151,6 +151,27 @@ def test_a_batching_manager_made_before_attaching_is_not_guessed_at(attach: Atta
     assert len(result.generated_tokens) == 3
     assert isinstance(capture.tap.error, EngineHookError)
     assert capture.stats()["tokens"] == 0
+
+
+def test_a_request_may_end_while_the_capture_closes() -> None:
+    """The engine's thread tells of the second one's end while the first one's is stated."""
+    facts: dict[str, Any] = {"layers": [0], "num_experts": 4, "top_k": 1}
+    tap = Tap(Writer("closing", **facts), **facts)
+    batches = ContinuousBatches(tap, RequestNames(), lambda *_: None)
+    known = _Manager(tap, None)
+    batches._managers.append(known)
+    known.requests.update({name: _Request(name) for name in ("r0", "r1")})
+    ended: list[str] = []
+
+    def finish(_: int, request: str, *__: Any) -> None:
+        ended.append(request)
+        if request == "r0":
+            batches._finish(known, "r1", "finished")
+
+    tap.finish = finish  # type: ignore[method-assign]
+    batches.close()
+    assert ended == ["r0", "r1"]
+    tap.close()
 
 
 class Future:

@@ -138,13 +138,15 @@ class TransformersTap:
             return
         self._closed = True
         self._tap.active = False
-        for patch in self._patches:
-            patch.remove()
-        for call in list(self._calls):
-            call.finish("aborted")
-        self._plain.close()
-        self._continuous.close()
-        self._tap.close()
+        try:
+            for patch in self._patches:
+                patch.remove()
+            for call in list(self._calls):
+                call.finish("aborted")
+            self._plain.close()
+            self._continuous.close()
+        finally:
+            self._tap.close()
 
     def _hold_on(self, model: Any, routed: RoutedModel) -> None:
         for slot, layer in enumerate(routed.layers):

@@ -328,7 +328,9 @@ class ContinuousBatches:
                 self._finish(known, state.request_id, "aborted")
 
     def _finish(self, known: _Manager, request_id: str, state: EndState) -> None:
-        request = known.requests.pop(request_id)
+        request = known.requests.pop(request_id, None)
+        if request is None:
+            return  # the engine's thread and one that closes may come to the same end
         self._tap.finish(request.number, request.id, request.next_position, state)
 
 
