@@ -149,7 +149,7 @@ def _prepare_kernels(tap: Tap, step: Step, num_rows: int, columns: _Columns, dev
     weights = _alike(tap.chosen_weights(step), num_rows, tap.top_k)
     table = [one.data_ptr() for one in (*ids, *weights)]
     with relaxed_capture():
-        mailbox = tap.writer.mailbox(device.index, table)
+        mailbox = tap.mailbox(device.index, table)
     if mailbox is None:
         return None
     try:

@@ -39,10 +39,10 @@ MAX_WAITING_STEPS = 64
 """Steps that wait at most while another thread publishes; further ones are lost, and counted."""
 MAX_WAITING_JOBS = 4096
 """As many small things, such as the end of a request, wait before rows that are lost are told late."""
-CLOSE_TIMEOUT = 5.0
-"""Seconds that `close` waits for a thread that is publishing; then it leaves that thread to close."""
-CLOSE_PERIOD = 0.001
-"""Seconds after which it looks again."""
+TURN_TIMEOUT = 5.0
+"""Seconds that `close` and `mailbox` wait for a thread that is publishing."""
+TURN_PERIOD = 0.001
+"""Seconds after which they look again."""
 
 RELAXED = 2
 """CU_STREAM_CAPTURE_MODE_RELAXED."""
@@ -175,8 +175,8 @@ class Tap:
         """The run that the last step was of, and how many steps of it that made."""
         self._jobs: deque[Callable[[], None]] = deque()
         self._turn = [None]
-        """Who takes this one out may use the writer, and puts it back. `list.pop` is atomic, as a lock is, and takes a
-        fifth of its time when nothing of either is in the processor's caches."""
+        """Who takes this one out may use the writer, and puts it back. `list.pop` is atomic, as a lock is, and touches
+        less when nothing of either is in the processor's caches."""
         _taps.add(self)
 
     def begin(self) -> Step | None:
@@ -429,6 +429,18 @@ class Tap:
                 if self._jobs:
                     self._run_jobs()
 
+    def mailbox(self, device: int, table: Sequence[int]) -> Mailbox | None:
+        """`Writer.mailbox`, once whoever publishes just now is done; no step of an engine waits while it captures.
+
+        Raises TimeoutError if that takes too long, and what the writer raises.
+        """
+        if not self._wait_for_turn():
+            raise TimeoutError(f"another thread has been publishing for {TURN_TIMEOUT} s")
+        try:
+            return self.writer.mailbox(device, table)
+        finally:
+            self._give_turn()
+
     def _retract(self, mailbox: Mailbox) -> None:
         stream = torch.cuda.current_stream(mailbox.device).cuda_stream
         record = mailbox.retract(stream)
@@ -477,14 +489,11 @@ class Tap:
             warnings.warn(f"expert_lens stopped capturing: {error}", RuntimeWarning, stacklevel=2)
 
     def close(self) -> None:
-        """Switch off and close the writer, once whoever publishes just now is done."""
+        """Switch off and close the writer, once whoever publishes just now is done, or let that thread close it."""
         self.active = False
-        deadline = time.monotonic() + CLOSE_TIMEOUT
-        while not self._pop_turn():
-            if time.monotonic() >= deadline:
-                self._submit(self.writer.close)
-                return
-            time.sleep(CLOSE_PERIOD)
+        if not self._wait_for_turn():
+            self._submit(self.writer.close)
+            return
         try:
             self._drain()
             self.writer.close()
@@ -562,6 +571,15 @@ class Tap:
             self._turn.pop()
         except IndexError:
             return False
+        return True
+
+    def _wait_for_turn(self) -> bool:
+        """As `_pop_turn`, in time: for what happens seldom."""
+        deadline = time.monotonic() + TURN_TIMEOUT
+        while not self._pop_turn():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(TURN_PERIOD)
         return True
 
     def _give_turn(self) -> None:

@@ -390,6 +390,24 @@ def test_rows_of_a_replay_are_lost_and_counted_while_another_thread_publishes(
     assert writer.names == ["pass over", "launch", "drop", "finish", "finish"]
 
 
+def test_a_mailbox_is_made_once_nobody_publishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer lends itself to one at a time: whoever captures a graph waits for whoever publishes."""
+    tap, writer = make_tap()
+    writer.mailbox = lambda *asked: writer.calls.append(("mailbox", *asked))  # type: ignore[attr-defined]
+    monkeypatch.setattr("expert_lens.tap.TURN_TIMEOUT", 0.05)
+    with somebody_publishes(tap):
+        tap.finish(1, "a", 5, "finished")
+        with pytest.raises(TimeoutError):
+            tap.mailbox(0, [1, 2])
+        assert writer.calls == []
+        monkeypatch.setattr("expert_lens.tap.TURN_TIMEOUT", 30.0)
+        capturing = threading.Thread(target=tap.mailbox, args=(0, [1, 2]))
+        capturing.start()
+    capturing.join()
+    assert writer.names == ["mailbox", "finish"]
+    assert writer.calls[0] == ("mailbox", 0, [1, 2])
+
+
 def test_rows_that_are_lost_while_very_much_waits_are_told_with_the_next_step() -> None:
     tap, writer = make_tap()
     with somebody_publishes(tap):

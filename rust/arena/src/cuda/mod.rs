@@ -221,7 +221,13 @@ impl Pinned {
                 })?;
             }
             // SAFETY: `address` is registered, with DEVICEMAP and PORTABLE; `base` is a place for one pointer.
-            driver.check("cuMemHostGetDevicePointer", unsafe { (driver.device_pointer)(&mut base, address, 0) })
+            let status = unsafe { (driver.device_pointer)(&mut base, address, 0) };
+            driver.check("cuMemHostGetDevicePointer", status).inspect_err(|_| {
+                if first {
+                    // SAFETY: registered above, and no device knows it yet.
+                    unsafe { (driver.unregister)(address) };
+                }
+            })
         });
         if let Err(error) = pinned {
             // SAFETY: gives back what was retained above.
