@@ -13,6 +13,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,6 +82,7 @@ class Turns:
 
     def __init__(self) -> None:
         self._turns = {name: threading.Semaphore(0) for name in WAYS}
+        self._there = list(WAYS)
         self._round: list[str] = []
         self.give()
 
@@ -90,8 +92,15 @@ class Turns:
 
     def give(self) -> None:
         """Let the next one have the turn."""
-        self._round = self._round or random.sample(WAYS, len(WAYS))
-        self._turns[self._round.pop()].release()
+        self._round = self._round or random.sample(self._there, len(self._there))
+        if self._round:
+            self._turns[self._round.pop()].release()
+
+    def leave(self, name: str) -> None:
+        """Have the turn no more: it is done, or has failed."""
+        self._there.remove(name)
+        self._round = [other for other in self._round if other != name]
+        self.give()
 
 
 class Clock(transformers.StoppingCriteria):
@@ -117,21 +126,18 @@ class Clock(transformers.StoppingCriteria):
 def decode(models: dict[str, Any], inputs: dict[str, Any]) -> dict[str, list[float]]:
     """How long each way took for each step."""
     turns = Turns()
-    steps: dict[str, list[float]] = {}
 
-    def run(name: str) -> None:
-        with torch.inference_mode():
-            clock = Clock(name, turns)
-            models[name].generate(**inputs, max_new_tokens=STEPS, do_sample=False, stopping_criteria=[clock])
-        turns.give()
-        steps[name] = clock.steps[SKIPPED:]
+    def run(name: str) -> list[float]:
+        try:
+            with torch.inference_mode():
+                clock = Clock(name, turns)
+                models[name].generate(**inputs, max_new_tokens=STEPS, do_sample=False, stopping_criteria=[clock])
+            return clock.steps[SKIPPED:]
+        finally:
+            turns.leave(name)
 
-    threads = [threading.Thread(target=run, args=(name,)) for name in models]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return steps
+    with ThreadPoolExecutor(len(models)) as pool:
+        return dict(zip(models, pool.map(run, models), strict=True))
 
 
 def main() -> None:

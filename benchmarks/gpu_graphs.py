@@ -96,12 +96,12 @@ def make_tap(rows: int, way: str, capture: str) -> Tap:
     return Tap(Writer(capture, **FACTS, kv_slots=rows, arena_bytes=room), **FACTS)
 
 
-def lens(rows: int, way: str) -> tuple[Callable[[], None], Tap]:
-    """The step with a lens: what runs it, and its tap."""
+def lens(rows: int, way: str, *, nobody: bool = False) -> tuple[Callable[[], None], Tap]:
+    """The step with a lens: what runs it, for `nobody` if its kernels shall find nothing to write, and its tap."""
     tap = make_tap(rows, way, f"gpu-graphs-{way}-{next(NUMBERS)}")
     step = Step(rows, tap)
     spans: Any = [(row + 1, f"r{row}", row, 1, 1, "decode") for row in range(rows)]
-    replayed = graphs.ReplayRows(spans, rows)
+    replayed = None if nobody else graphs.ReplayRows(spans, rows)
     return lambda: step.recorded.replay(step.graph.replay, replayed), tap
 
 
@@ -126,6 +126,7 @@ def measure_stream(rows: int) -> None:
     """GPU time that each way adds to a step."""
     ways: dict[str, Callable[[], None]] = {"nothing": Step(rows).graph.replay}
     ways["lens"], tap = lens(rows, "graph")
+    ways["lens, a replay of nobody's"], _ = lens(rows, "graph", nobody=True)
     ways["lens, stream"], other_tap = lens(rows, "stream")
     ways["deferred copy by torch"] = deferred_copy(rows)
     took: dict[str, list[float]] = {name: [] for name in ways}
@@ -166,12 +167,10 @@ class TimedWriter:
 
 def measure_cpu(rows: int) -> None:
     """Time of ours on the engine's thread."""
-    nothing = Step(rows).graph.replay
-    ways: dict[str, Callable[[], None]] = {}
+    ways: dict[str, Callable[[], None]] = {"nothing": Step(rows).graph.replay}
     ways["lens"], tap = lens(rows, "graph")
     ways["lens, stream"], _ = lens(rows, "stream")
     ways["deferred copy by torch"] = deferred_copy(rows)
-    ours: dict[str, list[float]] = {name: [] for name in (*ways, "lens, the writer's post alone")}
     writer: Any = tap.writer
     timed: Any = TimedWriter(writer)
 
@@ -184,18 +183,23 @@ def measure_cpu(rows: int) -> None:
         torch.cuda.synchronize()
         return statistics.median(took)
 
-    for round_ in range(CPU_ROUNDS + 3):
-        launch = block(nothing)
-        for name in random.sample(list(ways), len(ways)):
-            took = block(ways[name]) - launch
-            if round_ >= 3:
-                ours[name].append(took)
+    def post_alone() -> float:
         tap.writer = timed
         timed.posts.clear()
         block(ways["lens"])
         tap.writer = writer
-        if round_ >= 3:
-            ours["lens, the writer's post alone"].append(statistics.median(timed.posts))
+        return statistics.median(timed.posts)
+
+    alone = "lens, the writer's post alone"
+    ours: dict[str, list[float]] = {name: [] for name in (*ways, alone)}
+    for round_ in range(CPU_ROUNDS + 3):
+        for name in random.sample(list(ours), len(ours)):
+            took = post_alone() if name == alone else block(ways[name])
+            if round_ >= 3:
+                ours[name].append(took)
+    launches = ours.pop("nothing")
+    for name in ways.keys() & ours.keys():
+        ours[name] = [took - launch for took, launch in zip(ours[name], launches, strict=True)]
     bars = {"lens": "<= 5", "lens, the writer's post alone": "<= 2"}
     assert tap.writer.dropped_tokens == 0
     for name, values in ours.items():

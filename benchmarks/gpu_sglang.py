@@ -213,7 +213,10 @@ def until_end(process: subprocess.Popen[str]) -> str:
 
 
 def show(name: str, unit: str, values: list[float], **more: Any) -> None:
-    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    """One figure: quartiles around it, or of less than four values the least and the most."""
+    low, median, high = min(values), statistics.median(values), max(values)
+    if len(values) >= 4:
+        low, _, high = statistics.quantiles(values, n=4)
     line = {"name": name, "unit": unit, "median": round(median, 4), "spread": [round(low, 4), round(high, 4)], **more}
     print(json.dumps(line, ensure_ascii=False), flush=True)
 
