@@ -324,14 +324,13 @@ class ContinuousBatches:
             return
         known.settle()
         for state in states:
-            if state.request_id in known.requests:
-                self._finish(known, state.request_id, "aborted")
+            self._finish(known, state.request_id, "aborted")
 
     def _finish(self, known: _Manager, request_id: str, state: EndState) -> None:
+        """State a request's end, unless it is no request known here, or another thread has come to the same end."""
         request = known.requests.pop(request_id, None)
-        if request is None:
-            return  # the engine's thread and one that closes may come to the same end
-        self._tap.finish(request.number, request.id, request.next_position, state)
+        if request is not None:
+            self._tap.finish(request.number, request.id, request.next_position, state)
 
 
 class _Replay:
