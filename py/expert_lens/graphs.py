@@ -110,7 +110,7 @@ def record(
     of a static input its memory is read again each time.
 
     Raises UnsupportedModelError when a layer is silent or its ids have another shape, CudaError when the driver
-    refuses.
+    refuses, TimeoutError as `Tap.mailbox`.
     """
     if not torch.cuda.is_current_stream_capturing():
         raise RuntimeError("no CUDA graph is being captured on the current stream; use Tap.publish")

@@ -430,12 +430,15 @@ class Tap:
                     self._run_jobs()
 
     def mailbox(self, device: int, table: Sequence[int]) -> Mailbox | None:
-        """`Writer.mailbox`, once whoever publishes just now is done; no step of an engine waits while it captures.
+        """`Writer.mailbox`, once whoever publishes just now is done: while a graph is captured there is time to wait.
 
         Raises TimeoutError if that takes too long, and what the writer raises.
         """
         if not self._wait_for_turn():
-            raise TimeoutError(f"another thread has been publishing for {TURN_TIMEOUT} s")
+            raise TimeoutError(
+                f"a CUDA graph is captured while another thread has been publishing for {TURN_TIMEOUT} s. Capture "
+                'graphs while nothing else runs the model, or attach with on_full="drop".'
+            )
         try:
             return self.writer.mailbox(device, table)
         finally:

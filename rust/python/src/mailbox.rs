@@ -2,6 +2,7 @@
 
 use crate::convert::contiguous;
 use crate::errors::to_python;
+use expert_lens_arena::GraphRows;
 use numpy::PyReadonlyArray1;
 use pyo3::prelude::*;
 
@@ -13,12 +14,19 @@ pub struct Mailbox {
     pub rows: Option<ReplayRows>,
 }
 
-/// As [`expert_lens_arena::GraphRows`].
+/// [`GraphRows`] that last.
 pub struct ReplayRows {
     pub rows: usize,
     pub token_ids: bool,
     pub positions: Option<Vec<u32>>,
     pub kv_slots: bool,
+}
+
+impl ReplayRows {
+    pub fn as_graph_rows(&self) -> GraphRows<'_> {
+        let &Self { rows, token_ids, ref positions, kv_slots } = self;
+        GraphRows { rows, token_ids, positions: positions.as_deref(), kv_slots }
+    }
 }
 
 #[pymethods]

@@ -4,9 +4,7 @@ use crate::convert::{self, contiguous};
 use crate::errors::{OptionError, to_python};
 use crate::mailbox::{Mailbox, ReplayRows};
 use crate::{directory_or_default, phase_of, seconds};
-use expert_lens_arena::{
-    DeviceRows, End, Facts, GraphRows, OnFull, Outcome, Prefix, Publisher, Rows, Source, Span, Way,
-};
+use expert_lens_arena::{DeviceRows, End, Facts, OnFull, Outcome, Prefix, Publisher, Rows, Source, Span, Way};
 use half::f16;
 use numpy::{Element, PyReadonlyArray1, PyReadonlyArray3, PyReadonlyArrayDyn};
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
@@ -304,10 +302,8 @@ impl Writer {
         let waits = self.waits;
         let publisher = self.open()?;
         let Mailbox { inner, rows } = mailbox;
-        let ReplayRows { rows, token_ids, positions, kv_slots } =
-            rows.as_ref().ok_or_else(|| PyValueError::new_err("no rows are stated; Mailbox.set_rows comes first"))?;
-        let (rows, token_ids, kv_slots) = (*rows, *token_ids, *kv_slots);
-        let rows = GraphRows { rows, token_ids, positions: positions.as_deref(), kv_slots };
+        let rows = rows.as_ref().map(ReplayRows::as_graph_rows);
+        let rows = rows.ok_or_else(|| PyValueError::new_err("no rows are stated; Mailbox.set_rows comes first"))?;
         // SAFETY: the stub asks the caller for kernels that write these sections for so many rows.
         #[expect(unsafe_code, reason = "the kernels are Python's")]
         let mut publish = || unsafe { publisher.publish_graph(inner, &rows) };
