@@ -1,8 +1,10 @@
 """What publishing adds to a decode step that is a CUDA graph: `python benchmarks/gpu_graphs.py`.
 
-The step: 8 matrix products, and 48 layers' top-k ids [n, 8], computed anew in each replay. Ways, each a graph of its
-own: nothing; `lens`: kernels in the graph publish rows, token ids, positions and KV slots; `lens, stream`: the graph
-packs, and the stream copies and publishes behind each replay; `deferred copy by torch`: `peers.DeferredCopy`.
+The step: 6 matrix products, 48 layers' top-k ids [n, 8], computed anew in each replay, and 2 products more, about as
+long as what an engine computes behind its last router. Ways, each a graph of its own: nothing; `lens`: kernels in the
+graph publish rows, token ids, positions and KV slots, beside those 2 products; `lens, at the end`: behind them; `lens,
+stream`: the graph packs, and the stream copies and publishes behind each replay; `deferred copy by torch`:
+`peers.DeferredCopy`.
 
 Stream: the time a step takes, from events around blocks of 100 steps, less that of the same block without anything.
 CPU: what it takes on the engine's thread beside the launch; `the writer's post alone`: without the tap. Ways take turns
@@ -30,7 +32,7 @@ from expert_lens._core import Writer
 from expert_lens.tap import Tap
 
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
-STEPS, ROUNDS, CPU_ROUNDS, MATMULS = 100, 40, 12, 8
+STEPS, ROUNDS, CPU_ROUNDS, MATMULS, MATMULS_BEHIND = 100, 40, 12, 6, 2
 FACTS: dict[str, Any] = {"layers": list(range(LAYERS)), "num_experts": EXPERTS, "top_k": TOP_K}
 
 NUMBERS = itertools.count()
@@ -53,7 +55,12 @@ class Step:
     """A decode step of n rows in a graph, with a tap, or with `collect` called at its end, inside the capture."""
 
     def __init__(
-        self, rows: int, tap: Tap | None = None, collect: Callable[[list[torch.Tensor]], None] | None = None
+        self,
+        rows: int,
+        tap: Tap | None = None,
+        collect: Callable[[list[torch.Tensor]], None] | None = None,
+        *,
+        beside: bool = True,
     ) -> None:
         self.x = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
         self.y = torch.empty_like(self.x)
@@ -70,24 +77,28 @@ class Step:
         torch.cuda.synchronize()
         with torch.cuda.graph(self.graph):
             begun = tap.begin() if tap else None
-            if begun is not None:
-                graphs.mark_beginning(begun)
-            ids = self.run()
+            if begun is not None and beside:
+                begun.mark_beginning()
+            ids = self.run(tap)
             if collect:
                 collect(ids)
             if tap is not None:
-                for slot, layer in enumerate(ids):
-                    tap.layer(slot, layer)
                 held = tap.end()
                 assert held is not None
                 self.recorded = graphs.record(tap, held, rows, **self.columns)
 
-    def run(self) -> list[torch.Tensor]:
+    def run(self, tap: Tap | None = None) -> list[torch.Tensor]:
         """The forward."""
         self.step.add_(1)
         for _ in range(MATMULS):
             torch.mm(self.x, self.x, out=self.y)
-        return list((self.offsets + self.step).remainder(EXPERTS).to(torch.int32).unbind(0))
+        ids = list((self.offsets + self.step).remainder(EXPERTS).to(torch.int32).unbind(0))
+        if tap is not None:
+            for slot, layer in enumerate(ids):
+                tap.layer(slot, layer)
+        for _ in range(MATMULS_BEHIND):
+            torch.mm(self.x, self.x, out=self.y)
+        return ids
 
 
 def make_tap(rows: int, way: str, capture: str) -> Tap:
@@ -96,10 +107,10 @@ def make_tap(rows: int, way: str, capture: str) -> Tap:
     return Tap(Writer(capture, **FACTS, kv_slots=rows, arena_bytes=room), **FACTS)
 
 
-def lens(rows: int, way: str, *, nobody: bool = False) -> tuple[Callable[[], None], Tap]:
+def lens(rows: int, way: str, *, nobody: bool = False, beside: bool = True) -> tuple[Callable[[], None], Tap]:
     """The step with a lens: what runs it, for `nobody` if its kernels shall find nothing to write, and its tap."""
     tap = make_tap(rows, way, f"gpu-graphs-{way}-{next(NUMBERS)}")
-    step = Step(rows, tap)
+    step = Step(rows, tap, beside=beside)
     spans: Any = [(row + 1, f"r{row}", row, 1, 1, "decode") for row in range(rows)]
     replayed = None if nobody else graphs.ReplayRows(spans, rows)
     return lambda: step.recorded.replay(step.graph.replay, replayed), tap
@@ -127,6 +138,7 @@ def measure_stream(rows: int) -> None:
     ways: dict[str, Callable[[], None]] = {"nothing": Step(rows).graph.replay}
     ways["lens"], tap = lens(rows, "graph")
     ways["lens, a replay of nobody's"], nobodys_tap = lens(rows, "graph", nobody=True)
+    ways["lens, at the end"], end_tap = lens(rows, "graph", beside=False)
     ways["lens, stream"], other_tap = lens(rows, "stream")
     ways["deferred copy by torch"] = deferred_copy(rows)
     took: dict[str, list[float]] = {name: [] for name in ways}
@@ -142,7 +154,8 @@ def measure_stream(rows: int) -> None:
             end.synchronize()
             if round_ >= 3:
                 took[name].append(begin.elapsed_time(end) * 1e3 / STEPS)
-    assert tap.writer.dropped_tokens == other_tap.writer.dropped_tokens == nobodys_tap.writer.steps == 0
+    assert tap.writer.dropped_tokens == end_tap.writer.dropped_tokens == other_tap.writer.dropped_tokens == 0
+    assert nobodys_tap.writer.steps == 0
     nothing = took.pop("nothing")
     show(f"decode graph, n = {rows}: nothing", "µs a step", nothing)
     for name, values in took.items():

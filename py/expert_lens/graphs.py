@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from expert_lens._core import Mailbox
     from expert_lens.types import Span
 
-__all__ = ["GraphStep", "ReplayRows", "mark_beginning", "record"]
+__all__ = ["GraphStep", "ReplayRows", "record"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +87,6 @@ class GraphStep(ABC):
         return tap
 
 
-def mark_beginning(step: Step) -> None:
-    """Note, in a capture, that the forward begins here.
-
-    What a replay must know to publish is read beside the forward then, and not when it is over.
-    """
-    step.begun = torch.cuda.current_stream().record_event()
-
-
 def record(
     tap: Tap,
     step: Step,
@@ -109,23 +101,26 @@ def record(
     `token_ids`, `positions`, `kv_slots`: integers [num_rows], of any shape, where the graph finds them at each replay;
     of a static input its memory is read again each time.
 
+    The kernels run beside what comes behind `Step.mark_chosen`, such as the last layer's experts and the model's head,
+    and the forward is over when both are: the step's ids are held up to here.
+
     Raises UnsupportedModelError when a layer is silent or its ids have another shape, CudaError when the driver
     refuses, TimeoutError as `Tap.mailbox`.
     """
     if not torch.cuda.is_current_stream_capturing():
         raise RuntimeError("no CUDA graph is being captured on the current stream; use Tap.publish")
     tap.check_shape(step, num_rows)
-    columns = _Columns(
-        *(_column(name, one, num_rows) for name, one in [
-            ("token ids", token_ids), ("positions", positions), ("KV slots", kv_slots)
-        ])
-    )  # fmt: skip
+    given = [token_ids, positions, kv_slots]
+    names = ["token ids", "positions", "KV slots"]
+    columns = _Columns(*(_column(name, one, num_rows) for name, one in zip(names, given, strict=True)))
+    if _addresses(given) != _addresses([columns.token_ids, columns.positions, columns.kv_slots]):
+        step.chosen = None  # a copy, which is made just now
     device = tap.device(step)
     with torch.cuda.device(device):
         by_kernels = _prepare_kernels(tap, step, num_rows, columns, device)
         if by_kernels is None:
             return _OnStream(tap, num_rows, step, columns)
-        by_kernels.record(step.begun)
+        by_kernels.record(step)
         return by_kernels
 
 
@@ -147,7 +142,9 @@ def _prepare_kernels(tap: Tap, step: Step, num_rows: int, columns: _Columns, dev
         return None
     ids = _alike(step.experts, num_rows, tap.top_k)
     weights = _alike(tap.chosen_weights(step), num_rows, tap.top_k)
-    table = [one.data_ptr() for one in (*ids, *weights)]
+    table = _addresses([*ids, *weights])
+    if table != _addresses([*step.experts, *step.weights]):
+        step.chosen = None  # as above
     with relaxed_capture():
         mailbox = tap.mailbox(device.index, table)
     if mailbox is None:
@@ -208,17 +205,16 @@ class _ByKernels(GraphStep):
         """Of the last replay, as stated to the mailbox."""
         super().__init__(tap, inputs.num_rows)
 
-    def record(self, begun: torch.cuda.Event | None) -> None:
-        """Record the kernels on the current stream, behind a forward that began at this event."""
+    def record(self, step: Step) -> None:
+        """Record the kernels beside a forward that ends here."""
         assert self._publish is not None
-        if begun is None:
+        stream = torch.cuda.current_stream()
+        with torch.cuda.stream(self._beside):
+            self._beside.wait_event(step.begun or stream.record_event())
             self._take()
-        else:
-            self._beside.wait_event(begun)
-            with torch.cuda.stream(self._beside):
-                self._take()
-            torch.cuda.current_stream().wait_stream(self._beside)
-        self._publish()
+            self._beside.wait_event(step.chosen or stream.record_event())
+            self._publish()
+        stream.wait_stream(self._beside)
         self._publish = None  # with it go the layers' ids, which the graph alone needs from now on
 
     def replay(self, launch: Callable[[], Any], rows: ReplayRows | None) -> None:
@@ -319,6 +315,10 @@ def _alike(tensors: Sequence[torch.Tensor | None], num_rows: int, top_k: int) ->
     if len({(one.dtype, one.stride()) for one in rows}) > 1 or any(one.stride(1) != 1 for one in rows):
         rows = [one.to(rows[0].dtype).contiguous() for one in rows]
     return rows
+
+
+def _addresses(tensors: Sequence[torch.Tensor | None]) -> list[int]:
+    return [one.data_ptr() for one in tensors if one is not None]
 
 
 def _triton_type(tensor: torch.Tensor) -> Any:

@@ -54,16 +54,29 @@ U32 = npt.NDArray[np.uint32]
 class Step:
     """What one forward has handed over: references to its top-k tensors, a slot a routed layer."""
 
-    __slots__ = ("begun", "experts", "inputs", "weights")
+    __slots__ = ("begun", "chosen", "experts", "inputs", "weights")
 
     def __init__(self, num_layers: int) -> None:
         self.experts: list[torch.Tensor | None] = [None] * num_layers
         self.weights: list[torch.Tensor | None] = []
         """As `experts`; empty unless weights are captured."""
         self.begun: torch.cuda.Event | None = None
-        """Of a forward that is captured in a CUDA graph: recorded where it began, see `graphs.mark_beginning`."""
+        """Of a forward that is captured in a CUDA graph: where it began, see `mark_beginning`."""
+        self.chosen: torch.cuda.Event | None = None
+        """Where all its layers had chosen, see `mark_chosen`."""
         self.inputs: Any = None
         """What the engine's side needs to know again at the end of the forward; the tap does not look at it."""
+
+    def mark_beginning(self) -> None:
+        """Note, in a capture, that the forward begins here: what publishes it reads its post from here on.
+
+        That goes on beside the forward, and so does publishing once all layers have chosen.
+        """
+        self.begun = torch.cuda.current_stream().record_event()
+
+    def mark_chosen(self) -> None:
+        """Note, in a capture, that all layers have chosen; what the graph finds beside their ids must be there too."""
+        self.chosen = torch.cuda.current_stream().record_event()
 
 
 class Rows:
@@ -203,6 +216,8 @@ class Tap:
         step.experts[slot] = topk_ids
         if step.weights:
             step.weights[slot] = weights
+        if step.begun is not None and not self.silent_layers(step):
+            step.mark_chosen()
 
     def end(self) -> Step | None:
         """Stop holding: this thread's step, or None if there is none (capture off, or not begun)."""

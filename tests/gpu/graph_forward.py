@@ -75,10 +75,12 @@ class GraphForward:
         tap, step = self.tap, self.step
         begun = tap.begin()
         if self.beside and begun is not None and torch.cuda.is_current_stream_capturing():
-            graphs.mark_beginning(begun)
+            begun.mark_beginning()
         if self.counting:
             step.add_(1)
         first = step * PRIME + self.positions * 11
+        tokens = (self.positions + step % 1000).to(torch.int32)
+        slots = self.positions * 3 + step
         if self.strided:
             ids = (first[:, None, None] + self.offsets).remainder(tap.num_experts).to(self.dtype).unbind(1)
         else:
@@ -86,10 +88,18 @@ class GraphForward:
         for slot, one in enumerate(ids):
             tap.layer(slot, one, one.to(torch.float32) / 1024 if tap.weights else None)
         self.seen.copy_(step)
-        tokens = (self.positions + step % 1000).to(torch.int32)
+        self.run_on()
         if not self.columns:
             return {"token_ids": tokens}
-        return {"token_ids": tokens, "positions": self.positions, "kv_slots": self.positions * 3 + step}
+        return {"token_ids": tokens, "positions": self.positions, "kv_slots": slots}
+
+    def run_on(self) -> None:
+        """What comes behind the last choice, taking memory as the forward did: it must not be that of what is held."""
+        for _ in range(8):
+            for dtype in (self.dtype, torch.float32, torch.int32):
+                like = (len(self.offsets), len(self.positions), self.tap.top_k)
+                torch.full(like, 77, dtype=dtype, device=self.positions.device)
+                torch.full(like[1:], 77, dtype=dtype, device=self.positions.device)
 
     def replay(self, rows: int | None, *, request: str = "a", first: int = 0, launch: Any = None) -> int:
         """Replay step `writer.steps` for `rows` rows from position `first`, or for nobody; gives the step."""

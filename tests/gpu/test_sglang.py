@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parent / "sglang_engine.py"
+ENGINE_SECONDS = 420
+"""After which an engine is killed; its log tells what it was doing."""
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang is not installed here"),
     pytest.mark.timeout(600),
@@ -20,20 +23,26 @@ pytestmark = [
 
 def run(job: str, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], str]:
     """What the job printed last, and its whole log."""
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), job, json.dumps(options or {})],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        cwd=SCRIPT.parent,
-        # Engines of other tests may be on one of the GPUs alone.
-        env={**os.environ, "PYTHONUNBUFFERED": "1", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"},
-    )
-    results = [line for line in done.stdout.splitlines() if line.startswith('{"')]
-    assert done.returncode == 0, done.stdout[-6000:]
-    print(job, options, results[-1], *(line for line in done.stdout.splitlines() if "expert_lens" in line), sep="\n")
-    return json.loads(results[-1]), done.stdout
+    with tempfile.TemporaryFile("w+", errors="replace") as file:
+        engine = subprocess.Popen(
+            [sys.executable, str(SCRIPT), job, json.dumps(options or {})],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=SCRIPT.parent,
+            # Engines of other tests may be on one of the GPUs alone.
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"},
+        )
+        try:
+            code = engine.wait(ENGINE_SECONDS)
+        except subprocess.TimeoutExpired:
+            engine.kill()
+            code = engine.wait()
+        file.seek(0)
+        log = file.read()
+    results = [line for line in log.splitlines() if line.startswith('{"')]
+    assert code == 0, log[-6000:]
+    print(job, options, results[-1], *(line for line in log.splitlines() if "expert_lens" in line), sep="\n")
+    return json.loads(results[-1]), log
 
 
 WAYS: dict[str, dict[str, Any]] = {

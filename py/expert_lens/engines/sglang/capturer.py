@@ -3,8 +3,8 @@
 Where the ids of a forward come from depends on how SGLang runs it:
 
 * eager: each layer hands over its ids; they are packed when the forward ends (`tap`).
-* a decode CUDA graph: captured once a batch size with our kernels behind the last layer; each replay publishes by
-  itself (`graphs`).
+* a decode CUDA graph: captured once a batch size with our kernels beside what comes behind the last layer's choice;
+  each replay publishes by itself (`graphs`).
 * other graphs and compiled code, mostly of prefill: no line of Python runs in them, so while they are captured or
   traced the ids' copy into a static buffer becomes part of them, and the forward's end publishes from there.
 
@@ -17,7 +17,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -175,11 +175,22 @@ class Capturer:
         )
 
     @contextmanager
-    def capturing(self, runner: Any, size: int) -> Iterator[None]:
-        """Around the warm-ups and the capture of a decode graph of `size` requests by SGLang's `runner`."""
+    def capturing(self, runner: Any, size: int, forward: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+        """Around the warm-ups and the capture of a decode graph of `size` requests by SGLang's `runner`.
+
+        Gives what is to be run in place of `forward`, the model's.
+        """
+
+        @wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            result = forward(*args, **kwargs)
+            if self._decode_graph is not None:
+                self.tap.guard(self._decode_graph.end)
+            return result
+
         self.tap.guard(self._begin_capture, runner, size)
         try:
-            yield
+            yield run
         finally:
             self._decode_graph = None
 
@@ -323,23 +334,25 @@ class _Drafted(NamedTuple):
 class _Layers:
     """What the layers of a graph hand over while it is captured, the first one first."""
 
-    def __init__(self, tap: Tap, *, mark_beginning: bool = False) -> None:
+    def __init__(self, tap: Tap, *, marks: bool = False) -> None:
         self._layers = tap.layers
-        self._mark_beginning = mark_beginning
+        self._marks = marks
         self._step: Step | None = None
 
     def add(self, slot: int, ids: torch.Tensor) -> Step | None:
         """The whole step, if this was the last layer of it."""
         if slot == 0:
             self._step = Step(len(self._layers))
-            if self._mark_beginning:
-                graphs.mark_beginning(self._step)
+            if self._marks:
+                self._step.mark_beginning()
         step = self._step
         if step is None:
             raise EngineHookError(f"layer {self._layers[slot]} is the first of a graph that is captured")
         step.experts[slot] = ids
         if slot < len(self._layers) - 1:
             return None
+        if self._marks:
+            step.mark_chosen()
         self._step = None
         return step
 
@@ -357,17 +370,22 @@ class _DecodeGraph:
         self._slots = slots
         self._static = static
         self._publishes = _is_one_graph(runner) and runner.capture_forward_mode.is_decode()
-        self._layers = _Layers(tap, mark_beginning=self._publishes)
+        self._layers = _Layers(tap, marks=self._publishes)
+        self._step: Step | None = None
+        """All layers' ids, to be published beside the rest of the forward."""
 
     def take(self, slot: int, ids: torch.Tensor) -> None:
-        """Hold a layer's ids; behind the last one, record what is to become of them."""
+        """Hold a layer's ids; where several graphs make a forward, record a copy behind the last one."""
         step = self._layers.add(slot, ids[graph_rows(len(ids), self._num_rows, self._layout)])
-        if step is not None:
-            self._record(step)
-
-    def _record(self, step: Step) -> None:
-        if not self._publishes:
+        if self._publishes:
+            self._step = step
+        elif step is not None:
             self._static.record(step)
+
+    def end(self) -> None:
+        """The forward is over: record its publishing, if it was one that is captured."""
+        step, self._step = self._step, None
+        if step is None:
             return
         buffers, num_rows = self._buffers, self._num_rows
         self.recorded = graphs.record(

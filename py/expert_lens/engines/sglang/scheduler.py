@@ -99,13 +99,19 @@ class SchedulerHooks:
             self._capturer.tap.guard(self._capturer.requests.admit, batch.reqs)
 
     def around_decode_capture(
-        self, capture: Callable[..., Any], graph_runner: Any, size: int, *args: Any, **kwargs: Any
+        self,
+        capture: Callable[..., Any],
+        graph_runner: Any,
+        size: int,
+        forward: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """A decode graph of so many requests is captured."""
         if self._capturer is None or graph_runner.model_runner is not self._runner:
-            return capture(graph_runner, size, *args, **kwargs)
-        with self._capturer.capturing(graph_runner, size):
-            result = capture(graph_runner, size, *args, **kwargs)
+            return capture(graph_runner, size, forward, *args, **kwargs)
+        with self._capturer.capturing(graph_runner, size, forward) as forward:
+            result = capture(graph_runner, size, forward, *args, **kwargs)
             self._capturer.tap.guard(self._follow, graph_runner, result)
         return result
 

@@ -232,9 +232,7 @@ class TransformersTap:
             if call is None or not call.decodes(kwargs.get("input_ids")):
                 step.inputs = self._read(call, args, kwargs)
                 if step.inputs.in_graph:
-                    from expert_lens import graphs
-
-                    graphs.mark_beginning(step)
+                    step.mark_beginning()
         except Exception as error:
             self._tap.fail(error)
 
