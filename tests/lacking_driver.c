@@ -1,0 +1,79 @@
+/* A driver of a device that lacks what LACKS says, in place of libcuda.so.1: for what no device at hand can be made to do.
+ *
+ * LACKS: numbers of device attributes, or the name of a function that fails. The device's memory is the process's, what a
+ * stream is given is done at once, and an event comes at the third query. When the process ends, the number of pinned
+ * mappings and of retained contexts that are left is printed to stderr.
+ */
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define NOT_SUPPORTED 801
+#define NOT_READY 600
+#define OF_NO_USE(name) int name(void) { return NOT_SUPPORTED; }
+
+static int pinned, retained;
+static int event[2];
+
+static int lacks(const char *what) {
+    const char *list = getenv("LACKS");
+    return list && strstr(list, what) != NULL;
+}
+
+__attribute__((destructor)) static void tell(void) { fprintf(stderr, "left: %d pinned, %d retained\n", pinned, retained); }
+
+int cuInit(unsigned flags) { return (int)flags; }
+int cuGetErrorName(int status, const char **name) {
+    *name = "CUDA_ERROR_NOT_SUPPORTED";
+    return status == NOT_SUPPORTED ? 0 : 1;
+}
+int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+    char number[16];
+    snprintf(number, sizeof number, "%d", attribute);
+    *value = !lacks(number);
+    return device;
+}
+int cuDevicePrimaryCtxRetain(void **context, int device) { *context = &retained; retained++; return device; }
+int cuDevicePrimaryCtxRelease_v2(int device) { retained--; return device; }
+int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 1; return device; }
+int cuCtxGetCurrent(void **context) { *context = NULL; return 0; }
+int cuCtxSynchronize(void) { return 0; }
+int cuCtxPushCurrent_v2(void *context) { return context != &retained; }
+int cuCtxPopCurrent_v2(void **context) { *context = &retained; return 0; }
+int cuMemHostRegister_v2(void *memory, size_t bytes, unsigned flags) {
+    if (lacks("cuMemHostRegister") || !memory || !bytes || flags != 3)
+        return NOT_SUPPORTED;
+    pinned++;
+    return 0;
+}
+int cuMemHostUnregister(void *memory) { pinned--; return memory == NULL; }
+int cuMemHostGetDevicePointer_v2(uint64_t *address, void *memory, unsigned flags) {
+    *address = (uint64_t)memory;
+    return lacks("cuMemHostGetDevicePointer") ? NOT_SUPPORTED : (int)flags;
+}
+int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *stream) {
+    memcpy(to, (const void *)from, bytes);
+    return stream != NULL;
+}
+int cuStreamWriteValue64_v2(void *stream, uint64_t at, uint64_t value, unsigned flags) {
+    if (stream || flags || lacks("122"))
+        return NOT_SUPPORTED;
+    __atomic_store_n((uint64_t *)at, value, __ATOMIC_RELEASE);
+    return 0;
+}
+int cuEventCreate(void **made, unsigned flags) { *made = event; return flags != 2; }
+int cuEventRecord(void *recorded, void *stream) { event[0] = 3; return recorded != event || stream; }
+int cuEventQuery(void *asked) { return asked == event && --event[0] <= 0 ? 0 : NOT_READY; }
+int cuEventDestroy_v2(void *spent) { return spent != event; }
+int cuThreadExchangeStreamCaptureMode(unsigned *mode) { return *mode > 2; }
+
+OF_NO_USE(cuMemcpyHtoDAsync_v2)
+OF_NO_USE(cuMemsetD32Async)
+OF_NO_USE(cuMemAlloc_v2)
+OF_NO_USE(cuMemFree_v2)
+OF_NO_USE(cuStreamCreate)
+OF_NO_USE(cuStreamSynchronize)
+OF_NO_USE(cuStreamDestroy_v2)

@@ -1,0 +1,75 @@
+"""Devices that lack what a publisher needs: which one is taken then, and what is said where none is left.
+
+No device at hand lacks any of it, so a driver that does stands in for libcuda.so.1 (`lacking_driver.c`).
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent / "lacking_driver.c"
+PUBLISH = """
+import numpy as np
+from expert_lens._core import Collector, Writer
+from expert_lens.errors import CudaError
+
+writer = Writer("lacking", layers=[0, 1], num_experts=4, top_k=1)
+collector = Collector("lacking")
+experts = np.array([[[3], [1]], [[0], [2]]], np.uint8)
+try:
+    for step in range(3):
+        writer.set_batch([(1, "a", 0, 2, 2, "prefill")])
+        positions = np.arange(2, dtype=np.uint32) + 2 * step
+        writer.publish_device(experts.ctypes.data, 2, positions, device=0, stream=0)
+        assert collector.sync(10.0)
+    rows = collector.rows("a")["experts"]
+    assert np.array_equal(rows, np.concatenate([experts] * 3)), rows
+except CudaError as error:
+    print(error)
+print(writer.publisher)
+writer.close()
+"""
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("driver")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", folder / "libcuda.so.1", SOURCE], check=True)
+    return folder
+
+
+def publish(libraries: Path, lacks: str) -> tuple[str, str]:
+    """What a process prints that publishes by a device which lacks that; its last line, and those before."""
+    env = {**os.environ, "LD_LIBRARY_PATH": str(libraries), "LACKS": lacks}
+    env.pop("EXPERT_LENS_PUBLISHER", None)
+    done = subprocess.run([sys.executable, "-c", PUBLISH], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "left: 0 pinned, 0 retained" in done.stderr
+    said, _, publisher = done.stdout.strip().rpartition("\n")
+    return publisher, said
+
+
+def test_the_stream_publishes_where_a_device_has_all(libraries: Path) -> None:
+    assert publish(libraries, "") == ("stream", "")
+
+
+def test_an_event_publishes_where_a_stream_cannot_store(libraries: Path) -> None:
+    assert publish(libraries, "122") == ("event", "")
+
+
+@pytest.mark.parametrize(
+    ("lacks", "says"),
+    [
+        ("99", "device 0 cannot register memory of the host"),
+        ("cuMemHostRegister", "cannot pin the arena of 268435456 bytes: .*CUDA_ERROR_NOT_SUPPORTED; it must lie on a tmpfs"),
+        ("cuMemHostGetDevicePointer", "cuMemHostGetDevicePointer failed: CUDA_ERROR_NOT_SUPPORTED"),
+    ],
+)
+def test_a_device_that_cannot_is_named_and_holds_nothing(libraries: Path, lacks: str, says: str) -> None:
+    publisher, said = publish(libraries, lacks)
+    assert publisher == "host"
+    assert re.search(says, said), said
