@@ -2,7 +2,9 @@
 
 48 layers' top-k ids [n, 8] stand on the GPU, as a decode step or a prefill leaves them. `lens`: the tap joins and
 narrows them, and the GPU publishes them with their token ids; `event`: the same by the fallback. Peers: SGLang's
-deferred copy (`peers.DeferredCopy`), and a hook a layer with `.cpu()`. `torch's part`: the joining and narrowing alone.
+deferred copy (`peers.DeferredCopy`), and a hook a layer with `.cpu()`. Of the lens: `handing over`: each layer's ids to
+the tap, and nothing else; `torch's part`: the joining and narrowing alone; `the writer's part`: the call that has the
+stream copy and publish.
 CPU: time on the engine's thread, in blocks of 20 steps. GPU: time that the stream takes, from events around such blocks
 that are launched behind something long, so that only the device's time counts; the peers wait for the device, so of
 them it is what a step takes. Ways take turns in a new order each round.
@@ -72,6 +74,19 @@ def measure(rows: int) -> None:
 
     packer = tap_of("stream", rows)
 
+    def handing_over() -> None:
+        packer.begin()
+        for slot, layer in enumerate(ids):
+            packer.layer(slot, layer)
+        packer.end()
+
+    packed, narrow = torch.zeros((rows, LAYERS, TOP_K), dtype=torch.uint8, device="cuda"), column.to(torch.int32)
+    experts, tokens, stream = packed.data_ptr(), narrow.data_ptr(), torch.cuda.current_stream().cuda_stream
+    positions = np.zeros(rows, np.uint32)
+
+    def writers_part() -> None:
+        packer.writer.publish_device(experts, rows, positions, device=0, stream=stream, token_ids=tokens)
+
     def torchs_part() -> None:
         held = Step(LAYERS)
         held.experts = list(ids)
@@ -81,7 +96,9 @@ def measure(rows: int) -> None:
     ways: dict[str, Callable[[], None]] = {
         "lens": lens("stream"),
         "lens, event": lens("event"),
+        "lens, handing over": handing_over,
         "lens, torch's part": torchs_part,
+        "lens, the writer's part": writers_part,
         "deferred copy by torch": deferred_copy,
         "hooks with .cpu()": hooks,
     }

@@ -38,7 +38,8 @@ writer.close()
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("driver")
-    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", folder / "libcuda.so.1", SOURCE], check=True)
+    options = ["-shared", "-fPIC", "-O1", "-Wall", "-Werror"]
+    subprocess.run(["cc", *options, "-o", folder / "libcuda.so.1", SOURCE], check=True)
     return folder
 
 
@@ -65,7 +66,7 @@ def test_an_event_publishes_where_a_stream_cannot_store(libraries: Path) -> None
     ("lacks", "says"),
     [
         ("99", "device 0 cannot register memory of the host"),
-        ("cuMemHostRegister", "cannot pin the arena of 268435456 bytes: .*CUDA_ERROR_NOT_SUPPORTED; it must lie on a tmpfs"),
+        ("cuMemHostRegister", "cannot pin the arena of 268435456 bytes: .*NOT_SUPPORTED; it must lie on a tmpfs"),
         ("cuMemHostGetDevicePointer", "cuMemHostGetDevicePointer failed: CUDA_ERROR_NOT_SUPPORTED"),
     ],
 )

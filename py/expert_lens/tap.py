@@ -383,8 +383,8 @@ class Tap:
         write: Callable[[], None]
         if on_device:
             # The stream of the thread that ran the forward; another one may come to write it.
-            stream = torch.cuda.current_stream(experts.device).cuda_stream
-            write = partial(self._write_device, experts, weights, token_ids, rows, stream)
+            stream = torch.cuda.current_stream(experts.device)
+            write = partial(self._write_device, experts, weights, token_ids, rows, stream.cuda_stream)
         else:
             write = partial(self._write, experts, weights, token_ids, rows, next_step)
         if self._take_turn():
@@ -393,7 +393,7 @@ class Tap:
             finally:
                 self._give_turn()
         elif not at_once and len(self._jobs) < MAX_WAITING_STEPS:
-            self._submit(write)
+            self._submit(partial(self._write_late, write, len(experts), stream) if on_device else write)
         else:
             self.lose(len(experts))
 
@@ -563,6 +563,15 @@ class Tap:
             kv_slots=None if rows.kv_slots is None else rows.kv_slots.data_ptr(),
             weights=None if weights is None else weights.data_ptr(),
         )
+
+    def _write_late(self, write: Callable[[], None], num_rows: int, stream: torch.cuda.Stream) -> None:
+        """Publish what the thread of that stream has left. If it captures a graph there by now, the rows are lost."""
+        with torch.cuda.stream(stream):
+            captured = torch.cuda.is_current_stream_capturing()
+        if captured:
+            self.writer.drop_step(num_rows)
+        else:
+            write()
 
     def _write_prefix(self, spans: Sequence[Span], kv_slots: torch.Tensor, stream: int) -> None:
         self.writer.publish_prefix(spans, kv_slots.data_ptr(), device=kv_slots.get_device(), stream=stream)

@@ -24,7 +24,7 @@ from watching import Watch
 from expert_lens import graphs, kernels
 from expert_lens._core import MAILBOX_ENTRIES, RowStream
 from expert_lens.errors import CudaError, UnsupportedModelError
-from expert_lens.tap import Tap
+from expert_lens.tap import Rows, Tap
 
 GRAPH = "graph"
 
@@ -440,6 +440,32 @@ def test_another_threads_capture_goes_on_beside_replays(taps: list[Tap]) -> None
     assert failed == []
     assert len(block["steps"]) == 16
     assert tap.error is None
+    graph.replay()
+    assert x.sum().item() == 128
+
+
+def test_a_step_that_was_left_does_not_become_part_of_a_graph(taps: list[Tap]) -> None:
+    tap = make_tap("left")
+    taps.append(tap)
+    stream, reading = torch.cuda.Stream(), RowStream("left")
+    x, graph = torch.ones(64, device="cuda"), torch.cuda.CUDAGraph()
+    experts = torch.zeros((4, L, K), dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+
+    def publish(first: int) -> None:
+        positions = np.arange(first, first + 4, dtype=np.uint32)
+        tap.publish(experts, None, Rows([(1, "a", 0, 4, 0, "decode")], positions, None))
+
+    with torch.cuda.stream(stream):
+        assert tap._take_turn(), "as another thread would"
+        publish(0)
+        with torch.cuda.graph(graph, stream=stream):
+            x.mul_(2)
+            tap._give_turn()
+        publish(4)
+    block: Any = reading.take(4, 10.0)
+    assert block["positions"].tolist() == [4, 5, 6, 7]
+    assert (tap.error, tap.writer.steps, tap.writer.dropped_tokens) == (None, 2, 4)
     graph.replay()
     assert x.sum().item() == 128
 
