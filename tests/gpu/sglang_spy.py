@@ -8,7 +8,8 @@
 * `followed`: makes SGLang's own capture right for drafted tokens, whose rows it never keeps if they come by n-grams,
   and of a tree leaves in the KV slots that their tokens are moved away from.
 * `timed:FILE`: appends what expert_lens takes of the scheduler's thread in each decode step by graph, but for the
-  launch: "ROWS MICROSECONDS" a line.
+  launch: "ROWS MICROSECONDS" a line. In every second step what the clocks take that tell it, around nothing, before
+  ours comes: "ROWS MICROSECONDS clocks".
 """
 
 import inspect
@@ -128,9 +129,12 @@ def timed(file: str) -> None:
     from expert_lens.engines.sglang.capturer import Capturer
 
     clock = time.perf_counter_ns
-    spent = entered = 0
-    rows = 0
+    spent = alone = entered = rows = steps = 0
     lines: list[str] = []
+
+    def nothing(*_: Any, **__: Any) -> None:
+        nonlocal alone
+        alone += clock() - entered
 
     def follow_forwards(runner: Any, capturer: Any) -> None:
         """The runner's forward, ours around it, and a clock on both sides of ours."""
@@ -147,14 +151,22 @@ def timed(file: str) -> None:
 
         def enter(*args: Any, **kwargs: Any) -> Any:
             nonlocal entered
+            if steps % 2:
+                entered = clock()
+                nothing(*args, **kwargs)
             entered = clock()
             return ours(*args, **kwargs)
 
         runner.forward = enter
 
     def replay(capturer: Any, recorded: Any, launch: Any) -> None:
-        nonlocal spent, rows
+        nonlocal spent, rows, alone
         rows = len(capturer._batch.rids) if capturer._batch is not None else 0
+
+        def launch_nothing() -> None:
+            nonlocal alone
+            began = clock()
+            alone -= clock() - began
 
         def timed_launch() -> None:
             nonlocal spent
@@ -162,24 +174,32 @@ def timed(file: str) -> None:
             launch()
             spent -= clock() - began
 
+        if steps % 2:
+            began = clock()
+            launch_nothing()
+            alone += clock() - began
         began = clock()
         replayed(capturer, recorded, timed_launch)
         spent += clock() - began
 
     def on_forward_end(capturer: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal spent, rows
+        nonlocal spent, rows, alone, steps
         native, capturer.native = capturer.native, None
+        if steps % 2:
+            began = clock()
+            alone += clock() - began
         began = clock()
         ended(capturer, *args, **kwargs)
         spent += clock() - began
         capturer.native = native
         if rows:
-            lines.append(f"{rows} {spent / 1e3}\n")
+            lines.append(f"{rows} {alone / 1e3} clocks\n" if steps % 2 else f"{rows} {spent / 1e3}\n")
             if len(lines) == 100:
                 with open(file, "a") as out:
                     out.writelines(lines)
                 lines.clear()
-        spent = rows = 0
+            steps += 1
+        spent = rows = alone = 0
         return None if native is None else native.on_forward_end(*args, **kwargs)
 
     replayed, ended, followed = Capturer._replay, Capturer.on_forward_end, scheduler._follow_forwards
