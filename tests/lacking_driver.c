@@ -1,8 +1,9 @@
 /* A driver of a device that lacks what LACKS says, in place of libcuda.so.1: for what no device at hand can be made to do.
  *
- * LACKS: numbers of device attributes, or the name of a function that fails. The device's memory is the process's, what a
- * stream is given is done at once, and an event comes at the third query. When the process ends, the number of pinned
- * mappings and of retained contexts that are left is printed to stderr.
+ * LACKS: numbers of device attributes, the name of a function that fails, or "context", if that was reset before anything
+ * made in it is given back. The device's memory is the process's, but for its first page; what a stream is given is done at
+ * once, and an event comes at the third query. When the process ends, what is left is printed to stderr: the numbers of
+ * pinned mappings, retained contexts and events.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -14,15 +15,14 @@
 #define NOT_READY 600
 #define OF_NO_USE(name) int name(void) { return NOT_SUPPORTED; }
 
-static int pinned, retained;
-static int event[2];
+static int pinned, retained, events;
 
 static int lacks(const char *what) {
     const char *list = getenv("LACKS");
     return list && strstr(list, what) != NULL;
 }
 
-__attribute__((destructor)) static void tell(void) { fprintf(stderr, "left: %d pinned, %d retained\n", pinned, retained); }
+__attribute__((destructor)) static void tell(void) { fprintf(stderr, "left: %d pinned, %d retained, %d events\n", pinned, retained, events); }
 
 int cuInit(unsigned flags) { return (int)flags; }
 int cuGetErrorName(int status, const char **name) {
@@ -38,9 +38,8 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
 }
 int cuDevicePrimaryCtxRetain(void **context, int device) { *context = &retained; retained++; return device; }
 int cuDevicePrimaryCtxRelease_v2(int device) { retained--; return device; }
-int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 1; return device; }
+int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = !lacks("context"); return device; }
 int cuCtxGetCurrent(void **context) { *context = NULL; return 0; }
-int cuCtxSynchronize(void) { return 0; }
 int cuCtxPushCurrent_v2(void *context) { return context != &retained; }
 int cuCtxPopCurrent_v2(void **context) { *context = &retained; return 0; }
 int cuMemHostRegister_v2(void *memory, size_t bytes, unsigned flags) {
@@ -55,8 +54,10 @@ int cuMemHostGetDevicePointer_v2(uint64_t *address, void *memory, unsigned flags
     return lacks("cuMemHostGetDevicePointer") ? NOT_SUPPORTED : (int)flags;
 }
 int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *stream) {
+    if (from < 4096 || stream)
+        return NOT_SUPPORTED;
     memcpy(to, (const void *)from, bytes);
-    return stream != NULL;
+    return 0;
 }
 int cuStreamWriteValue64_v2(void *stream, uint64_t at, uint64_t value, unsigned flags) {
     if (stream || flags || lacks("122"))
@@ -64,10 +65,10 @@ int cuStreamWriteValue64_v2(void *stream, uint64_t at, uint64_t value, unsigned 
     __atomic_store_n((uint64_t *)at, value, __ATOMIC_RELEASE);
     return 0;
 }
-int cuEventCreate(void **made, unsigned flags) { *made = event; return flags != 2; }
-int cuEventRecord(void *recorded, void *stream) { event[0] = 3; return recorded != event || stream; }
-int cuEventQuery(void *asked) { return asked == event && --event[0] <= 0 ? 0 : NOT_READY; }
-int cuEventDestroy_v2(void *spent) { return spent != event; }
+int cuEventCreate(void **made, unsigned flags) { *made = calloc(1, sizeof(int)); events++; return flags != 2; }
+int cuEventRecord(void *event, void *stream) { *(int *)event = 3; return stream != NULL; }
+int cuEventQuery(void *event) { return --*(int *)event <= 0 ? 0 : NOT_READY; }
+int cuEventDestroy_v2(void *event) { free(event); events--; return 0; }
 int cuThreadExchangeStreamCaptureMode(unsigned *mode) { return *mode > 2; }
 
 OF_NO_USE(cuMemcpyHtoDAsync_v2)
@@ -75,5 +76,5 @@ OF_NO_USE(cuMemsetD32Async)
 OF_NO_USE(cuMemAlloc_v2)
 OF_NO_USE(cuMemFree_v2)
 OF_NO_USE(cuStreamCreate)
-OF_NO_USE(cuStreamSynchronize)
 OF_NO_USE(cuStreamDestroy_v2)
+OF_NO_USE(cuStreamSynchronize)

@@ -8,11 +8,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 SOURCE = Path(__file__).parent / "lacking_driver.c"
 PUBLISH = """
+import time
 import numpy as np
 from expert_lens._core import Collector, Writer
 from expert_lens.errors import CudaError
@@ -28,10 +30,14 @@ try:
         assert collector.sync(10.0)
     rows = collector.rows("a")["experts"]
     assert np.array_equal(rows, np.concatenate([experts] * 3)), rows
+    if REFUSED:
+        writer.publish_device(64, 2, positions, device=0, stream=0)  # 64 is no address
 except CudaError as error:
     print(error)
 print(writer.publisher)
+began = time.monotonic()
 writer.close()
+assert time.monotonic() - began < 3
 """
 
 
@@ -43,13 +49,17 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def publish(libraries: Path, lacks: str) -> tuple[str, str]:
-    """What a process prints that publishes by a device which lacks that; its last line, and those before."""
+def publish(libraries: Path, lacks: str, *, refused: bool = False, left: str = "0 pinned, 0 retained, 0 events") -> Any:
+    """The publisher of a process with a device that lacks this, and the error that it got.
+
+    `refused`: whether its last record is one that the driver refuses. `left`: what there is of it when it ends.
+    """
     env = {**os.environ, "LD_LIBRARY_PATH": str(libraries), "LACKS": lacks}
     env.pop("EXPERT_LENS_PUBLISHER", None)
-    done = subprocess.run([sys.executable, "-c", PUBLISH], env=env, capture_output=True, text=True, timeout=60)
+    code = f"REFUSED = {refused}\n{PUBLISH}"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "left: 0 pinned, 0 retained" in done.stderr
+    assert f"left: {left}\n" in done.stderr
     said, _, publisher = done.stdout.strip().rpartition("\n")
     return publisher, said
 
@@ -74,3 +84,15 @@ def test_a_device_that_cannot_is_named_and_holds_nothing(libraries: Path, lacks:
     publisher, said = publish(libraries, lacks)
     assert publisher == "host"
     assert re.search(says, said), said
+
+
+@pytest.mark.parametrize("lacks", ["", "122"])
+def test_a_record_that_is_refused_keeps_nobody_from_closing(libraries: Path, lacks: str) -> None:
+    publisher, said = publish(libraries, lacks, refused=True)
+    assert publisher == ("event" if lacks else "stream")
+    assert said == "cuMemcpyDtoHAsync failed: CUDA_ERROR_NOT_SUPPORTED"
+
+
+def test_of_a_context_that_was_reset_nothing_is_given_back(libraries: Path) -> None:
+    """What was pinned and made in it is gone; to name it once more would name something else."""
+    assert publish(libraries, "122 context", left="1 pinned, 0 retained, 1 events") == ("event", "")

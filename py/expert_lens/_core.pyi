@@ -152,6 +152,13 @@ class Writer:
         Raises CudaError when the driver refuses, or there is none.
         """
 
+    def stream(self, device: int) -> int:
+        """A raw stream on a CUDA device that is expert_lens's own, so that nobody captures a graph on it: the same for
+        all writers, as long as the process runs.
+
+        Raises CudaError as `prepare`.
+        """
+
     def publish_device(
         self,
         experts: int,

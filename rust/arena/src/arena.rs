@@ -88,6 +88,14 @@ impl Publisher {
         pin(&mut self.pinned, &self.memory)?.prepare(device)
     }
 
+    /// A raw stream of our own on that device, on which nobody captures a graph: the same for all of this process, which never ends.
+    ///
+    /// # Errors
+    /// As [`Publisher::prepare`].
+    pub fn stream(&mut self, device: i32) -> Result<u64> {
+        pin(&mut self.pinned, &self.memory)?.stream(device)
+    }
+
     /// Publish the rows of one forward that a device holds, on the raw stream that computed them. Returns once that is
     /// enqueued; readers see the rows when the stream has come so far.
     ///
@@ -208,7 +216,7 @@ impl Drop for Publisher {
         }
         if let Some(mut pinned) = self.pinned.take() {
             // Before the end is told: whoever sees it may rely on every record before it.
-            pinned.settle(|| self.writer.all_landed());
+            pinned.settle(|| self.writer.in_flight());
         }
         self.writer.close();
         if let Some((stop, thread)) = self.keeper.take() {

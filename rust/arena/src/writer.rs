@@ -248,10 +248,10 @@ impl<M: Memory> Writer<M> {
         Some((at + descriptor::SEQUENCE, before))
     }
 
-    /// Whether every record that was reserved is published.
+    /// How many records were reserved and are not published yet.
     #[must_use]
-    pub fn all_landed(&self) -> bool {
-        (self.tail..self.head).all(|index| self.has_landed(index))
+    pub fn in_flight(&self) -> usize {
+        (self.tail..self.head).filter(|&index| !self.has_landed(index)).count()
     }
 
     fn publish_sections(

@@ -223,6 +223,10 @@ impl Writer {
         py.detach(|| publisher.prepare(device)).map_err(to_python)
     }
 
+    fn stream(&mut self, device: i32) -> PyResult<u64> {
+        self.open()?.stream(device).map_err(to_python)
+    }
+
     #[expect(clippy::too_many_arguments, reason = "they are the arguments of the Python method")]
     #[pyo3(signature = (experts, num_rows, positions, *, device, stream, token_ids=None, kv_slots=None, weights=None))]
     fn publish_device(

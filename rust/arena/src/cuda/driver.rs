@@ -44,7 +44,6 @@ driver! {
     release_context: b"cuDevicePrimaryCtxRelease_v2\0"(c_int);
     context_state: b"cuDevicePrimaryCtxGetState\0"(c_int, *mut c_uint, *mut c_int);
     current_context: b"cuCtxGetCurrent\0"(*mut Handle);
-    synchronize_context: b"cuCtxSynchronize\0"();
     push_context: b"cuCtxPushCurrent_v2\0"(Handle);
     pop_context: b"cuCtxPopCurrent_v2\0"(*mut Handle);
     register: b"cuMemHostRegister_v2\0"(*mut c_void, usize, c_uint);
@@ -111,16 +110,21 @@ impl Driver {
         status == 0 && active != 0
     }
 
-    /// Make `context` current to this thread, and let its calls end no stream capture, until the answer is dropped.
-    pub fn enter(&'static self, context: usize) -> Result<Entered> {
+    /// Let this thread's calls end no stream capture until the answer is dropped.
+    pub fn relax(&'static self) -> Result<Entered> {
         let mut mode = RELAXED;
+        // SAFETY: a place for one value; the call touches nothing but this thread's own state.
+        let status = unsafe { (self.exchange_capture_mode)(&mut mode) };
+        self.check("cuThreadExchangeStreamCaptureMode", status)?;
+        Ok(Entered { driver: self, mode, pushed: false, _of_this_thread: PhantomData })
+    }
+
+    /// As [`Driver::relax`], with `context` current to this thread meanwhile.
+    pub fn enter(&'static self, context: usize) -> Result<Entered> {
+        let mut entered = self.relax()?;
         let mut current: Handle = std::ptr::null_mut();
-        // SAFETY: places for one value each; neither call touches anything but this thread's own state.
-        unsafe {
-            self.check("cuThreadExchangeStreamCaptureMode", (self.exchange_capture_mode)(&mut mode))?;
-            (self.current_context)(&mut current);
-        }
-        let mut entered = Entered { driver: self, mode, pushed: false, _of_this_thread: PhantomData };
+        // SAFETY: a place for one value; the call touches nothing but this thread's own state.
+        unsafe { (self.current_context)(&mut current) };
         if current as usize != context {
             // SAFETY: `context` is a primary context that is retained for as long as its `Device` lives.
             self.check("cuCtxPushCurrent", unsafe { (self.push_context)(context as Handle) })?;
@@ -136,7 +140,7 @@ impl Driver {
     }
 }
 
-/// A context that is current for a while, see [`Driver::enter`].
+/// How a thread's calls stand to captures, and which context is current, for a while: see [`Driver::enter`].
 pub(super) struct Entered {
     driver: &'static Driver,
     /// How the thread's calls stood to stream captures before.

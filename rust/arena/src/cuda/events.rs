@@ -1,10 +1,10 @@
-//! An event on a stream, and a thread of ours that publishes once it has come: for devices that cannot store by
-//! themselves, and for records whose forward failed.
+//! Events on streams, and a thread of ours that publishes once one has come: for devices that cannot store by themselves,
+//! and for records whose forward failed.
 
 use super::driver::{Driver, Handle, RELAXED, Status};
 use crate::error::{Error, Result};
 use crate::memory::{Mapped, Memory};
-use std::ffi::c_uint;
+use std::ffi::{c_int, c_uint};
 use std::sync::atomic::Ordering::Release;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,10 +17,54 @@ const EVENT_FLAGS: c_uint = 2;
 /// How often the event publisher looks.
 pub(super) const EVENT_PERIOD: Duration = Duration::from_micros(20);
 
-/// A record whose event has been recorded. Handles as numbers: they belong to no thread.
+/// An event of a device's primary context.
+pub(super) struct Event {
+    driver: &'static Driver,
+    /// Its CUdevice.
+    device: c_int,
+    /// Its CUevent, as a number: it belongs to no thread.
+    handle: usize,
+}
+
+impl Event {
+    /// Of the device whose context is current.
+    pub fn create(driver: &'static Driver, device: c_int) -> Result<Self> {
+        let mut handle: Handle = std::ptr::null_mut();
+        // SAFETY: a place for one handle.
+        driver.check("cuEventCreate", unsafe { (driver.event_create)(&mut handle, EVENT_FLAGS) })?;
+        Ok(Self { driver, device, handle: handle as usize })
+    }
+
+    /// Let it come when `stream` has done what it was given so far.
+    pub fn record(&self, stream: Handle) -> Result<()> {
+        // SAFETY: the event lives until it is dropped; the stream is the caller's, of the same context.
+        self.driver.check("cuEventRecord", unsafe { (self.driver.event_record)(self.handle as Handle, stream) })
+    }
+
+    /// Whether it has come; None if the driver will not say, as of a broken context.
+    pub fn has_come(&self) -> Option<bool> {
+        // SAFETY: the event lives until it is dropped.
+        match unsafe { (self.driver.event_query)(self.handle as Handle) } {
+            0 => Some(true),
+            NOT_READY => Some(false),
+            _ => None,
+        }
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // If the context was reset before us, what was made in it is gone.
+        if self.driver.is_active(self.device) {
+            // SAFETY: made in `create`, and nobody else holds it. To destroy one that has not come yet is allowed.
+            unsafe { (self.driver.event_destroy)(self.handle as Handle) };
+        }
+    }
+}
+
+/// A record whose event has been recorded.
 struct Awaited {
-    event: usize,
-    context: usize,
+    event: Event,
     at: usize,
     value: u64,
     /// What must stand there still; None: whatever does.
@@ -45,7 +89,7 @@ pub(super) struct Watcher {
     driver: &'static Driver,
     awaited: Option<Sender<Awaited>>,
     /// Reached through `&mut` only; the mutex lets the watcher be shared.
-    spent: Mutex<Receiver<Awaited>>,
+    spent: Mutex<Receiver<Event>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -59,15 +103,14 @@ impl Watcher {
             unsafe { (driver.exchange_capture_mode)(&mut mode) };
             while let Ok(record) = to_watch.recv() {
                 loop {
-                    // SAFETY: the event lives until it is destroyed by `Watcher`, after this thread has ended.
-                    match unsafe { (driver.event_query)(record.event as Handle) } {
-                        0 => break record.publish(&memory),
-                        NOT_READY => std::thread::sleep(EVENT_PERIOD),
+                    match record.event.has_come() {
+                        Some(true) => break record.publish(&memory),
+                        Some(false) => std::thread::sleep(EVENT_PERIOD),
                         // The context is broken: the record never lands, and neither does any behind it.
-                        _ => return,
+                        None => return,
                     }
                 }
-                let _ = give_back.send(record);
+                let _ = give_back.send(record.event);
             }
         };
         let thread = std::thread::Builder::new()
@@ -77,35 +120,23 @@ impl Watcher {
         Ok(Self { driver, awaited: Some(awaited), spent: Mutex::new(spent), thread: Some(thread) })
     }
 
-    /// Store `value` at word `at` once `stream` has come so far; with `instead_of`, only if that stands there still.
+    /// Store `value` at word `at` once `stream`, of the device whose context is current, has come so far; with `instead_of`,
+    /// only if that stands there still.
     pub fn watch(
         &mut self,
         stream: Handle,
-        context: usize,
+        device: c_int,
         at: usize,
         value: u64,
         instead_of: Option<u64>,
     ) -> Result<()> {
-        let driver = self.driver;
-        // An event belongs to its context; a spent one of another device is destroyed.
-        let mut event: Handle = std::ptr::null_mut();
-        let spent_ones = self.spent.get_mut().unwrap_or_else(PoisonError::into_inner);
-        while let Ok(spent) = spent_ones.try_recv() {
-            if spent.context == context {
-                event = spent.event as Handle;
-                break;
-            }
-            // SAFETY: it has come, and nobody else holds it.
-            unsafe { (driver.event_destroy)(spent.event as Handle) };
-        }
-        // SAFETY: `event` is a place for one handle, or an event of this context that has come; the stream is the caller's.
-        unsafe {
-            if event.is_null() {
-                driver.check("cuEventCreate", (driver.event_create)(&mut event, EVENT_FLAGS))?;
-            }
-            driver.check("cuEventRecord", (driver.event_record)(event, stream))?;
-        }
-        let record = Awaited { event: event as usize, context, at, value, instead_of };
+        let spent = self.spent.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let event = match spent.try_iter().find(|event| event.device == device) {
+            Some(event) => event,
+            None => Event::create(self.driver, device)?,
+        };
+        event.record(stream)?;
+        let record = Awaited { event, at, value, instead_of };
         let sent = self.awaited.as_ref().map(|awaited| awaited.send(record));
         match sent {
             Some(Ok(())) => Ok(()),
@@ -119,10 +150,6 @@ impl Drop for Watcher {
         self.awaited = None;
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
-        }
-        for spent in self.spent.get_mut().unwrap_or_else(PoisonError::into_inner).try_iter() {
-            // SAFETY: it has come, and nobody else holds it.
-            unsafe { (self.driver.event_destroy)(spent.event as Handle) };
         }
     }
 }

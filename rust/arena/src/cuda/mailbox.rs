@@ -4,22 +4,20 @@
 //! nobody else may choose those. It is our own memory, so that it outlives a context that is reset, and a shared mapping, so
 //! that a fork does not make the device and this process part ways over its pages.
 
-use super::REGISTER_FLAGS;
 use super::driver::{Driver, Handle};
+use super::{REGISTER_FLAGS, STREAM_FLAGS};
 use crate::error::{Error, Result};
 use crate::memory::Mapped;
 use crate::posts::{ENTRIES, ENTRY_WORDS, Post, Posts, words};
 use crate::rows::Landing;
 use rustix::fs::{self as sys, MemfdFlags};
-use std::ffi::{c_int, c_uint};
+use std::ffi::c_int;
 use std::path::Path;
 use std::sync::Arc;
 
 /// Words of the state: what the kernel that takes a post leaves to the one that packs, and how many of its blocks are done.
 const STATE_WORDS: usize = 16;
 const HOST_WORDS: usize = words(ENTRIES);
-/// CU_STREAM_NON_BLOCKING
-const STREAM_FLAGS: c_uint = 1;
 
 /// The mailbox of one CUDA graph.
 ///
@@ -53,6 +51,7 @@ impl Mailbox {
     ) -> Result<Self> {
         let host = Arc::new(private_memory()?);
         let mut retained: Handle = std::ptr::null_mut();
+        let _relaxed = driver.relax()?;
         // SAFETY: a place for one handle; given back in `drop`.
         driver.check("cuDevicePrimaryCtxRetain", unsafe { (driver.retain_context)(&mut retained, device) })?;
         let pid = std::process::id();
@@ -175,6 +174,7 @@ impl Drop for Mailbox {
             }
             Ok(())
         };
+        let _relaxed = driver.relax();
         if driver.is_active(self.device) {
             // Else the context was reset, and with it went what was made in it.
             let _ = driver.within(self.context, freed);

@@ -24,11 +24,11 @@ use crate::error::{Error, Result};
 use crate::memory::{Mapped, Memory};
 use crate::rows::Landing;
 use driver::{Driver, Entered, Handle};
-use events::{EVENT_PERIOD, Watcher};
+use events::{EVENT_PERIOD, Event, Watcher};
 pub(crate) use mailbox::ByPost;
 pub use mailbox::Mailbox;
 use std::ffi::{c_int, c_uint};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP: pinned for every context, and reached by the device.
@@ -37,6 +37,8 @@ const REGISTER_FLAGS: c_uint = 1 | 2;
 const CAN_WRITE_64: c_int = 122;
 /// CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED
 const CAN_REGISTER: c_int = 99;
+/// CU_STREAM_NON_BLOCKING
+const STREAM_FLAGS: c_uint = 1;
 /// Longest wait, at the end, for copies that are on their way.
 const LANDING_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -103,8 +105,9 @@ pub(crate) struct Pinned {
     asked: Asked,
     /// How records were published so far; once a graph has, this says so.
     used: Option<Way>,
-    /// Whether the driver refused part of a record: neither it nor any behind it will ever land.
-    refused: bool,
+    /// Of each record that the driver refused part of, which will never land: an event behind what its stream was given of
+    /// it, if the driver granted that.
+    refused: Vec<Option<Event>>,
 }
 
 /// What `EXPERT_LENS_PUBLISHER` asks for.
@@ -130,7 +133,7 @@ impl Pinned {
             }
         };
         let driver = Driver::get()?;
-        Ok(Self { driver, memory, devices: Vec::new(), watcher: None, asked, used: None, refused: false })
+        Ok(Self { driver, memory, devices: Vec::new(), watcher: None, asked, used: None, refused: Vec::new() })
     }
 
     /// How records were published; None if none was.
@@ -141,6 +144,25 @@ impl Pinned {
     /// Pin the arena, and make it known to a device.
     pub fn prepare(&mut self, ordinal: i32) -> Result<()> {
         self.device(ordinal).map(|_| ())
+    }
+
+    /// A raw stream of our own on a device: one for all arenas, and for as long as the process runs, since whoever was told
+    /// that some memory is used on it may look at it once more when he gives that memory back.
+    pub fn stream(&mut self, ordinal: i32) -> Result<u64> {
+        static STREAMS: Mutex<Vec<(c_int, usize)>> = Mutex::new(Vec::new());
+        let at = self.device(ordinal)?;
+        let Device { device, context, .. } = self.devices[at];
+        let mut streams = STREAMS.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&(_, stream)) = streams.iter().find(|(of, _)| *of == device) {
+            return Ok(stream as u64);
+        }
+        let mut stream: Handle = std::ptr::null_mut();
+        self.driver.within(context, || {
+            // SAFETY: a place for one handle.
+            self.driver.check("cuStreamCreate", unsafe { (self.driver.stream_create)(&mut stream, STREAM_FLAGS) })
+        })?;
+        streams.push((device, stream as usize));
+        Ok(stream as u64)
     }
 
     /// What brings rows of a device into the arena, on its raw stream.
@@ -175,10 +197,21 @@ impl Pinned {
     /// Store `value` at word `at` once that raw stream has come so far, if `instead_of` stands there still: the device may
     /// have published the record itself.
     pub fn publish_behind(&mut self, ordinal: i32, stream: u64, at: usize, value: u64, instead_of: u64) -> Result<()> {
-        let device = self.device(ordinal)?;
-        let (driver, context) = (self.driver, self.devices[device].context);
-        let watcher = self.watcher()?;
-        driver.within(context, || watcher.watch(stream as Handle, context, at, value, Some(instead_of)))
+        let of = self.device(ordinal)?;
+        let Device { device, context, .. } = self.devices[of];
+        let _entered = self.driver.enter(context)?;
+        let stream = stream as Handle;
+        let said = self.watcher().and_then(|watcher| watcher.watch(stream, device, at, value, Some(instead_of)));
+        self.noted(said, device, stream)
+    }
+
+    /// What the driver said of a record on that stream, noted; the device's context is current.
+    fn noted(&mut self, said: Result<()>, device: c_int, stream: Handle) -> Result<()> {
+        if said.is_err() {
+            let event = Event::create(self.driver, device).and_then(|event| event.record(stream).map(|()| event));
+            self.refused.push(event.ok());
+        }
+        said
     }
 
     fn watcher(&mut self) -> Result<&mut Watcher> {
@@ -203,55 +236,64 @@ impl Pinned {
         if !driver.can(device, CAN_REGISTER) {
             return Err(Error::Cuda { what: format!("device {ordinal} cannot register memory of the host") });
         }
-        // SAFETY: a place for one value; `device` is what the call above gave. Retaining the primary context, which torch
-        // uses too, keeps it alive until `Pinned` is dropped.
-        driver.check("cuDevicePrimaryCtxRetain", unsafe { (driver.retain_context)(&mut context, device) })?;
-        let first = self.devices.is_empty();
-        let (address, len) = (self.memory.address(), self.memory.len() * 8);
-        let mut base = 0;
-        let pinned = driver.within(context as usize, || {
-            if first {
-                // SAFETY: the mapping is `len` bytes, page-aligned, and stays mapped until `Pinned` has unregistered it.
-                let status = unsafe { (driver.register)(address, len, REGISTER_FLAGS) };
-                driver.check("cuMemHostRegister", status).map_err(|error| Error::Cuda {
-                    what: format!(
-                        "cannot pin the arena of {len} bytes: {error}; it must lie on a tmpfs (EXPERT_LENS_DIR, by default in \
-                         /dev/shm), and fit into what the process may lock"
-                    ),
-                })?;
-            }
-            // SAFETY: `address` is registered, with DEVICEMAP and PORTABLE; `base` is a place for one pointer.
-            let status = unsafe { (driver.device_pointer)(&mut base, address, 0) };
-            driver.check("cuMemHostGetDevicePointer", status).inspect_err(|_| {
-                if first {
-                    // SAFETY: registered above, and no device knows it yet.
-                    unsafe { (driver.unregister)(address) };
-                }
-            })
-        });
-        if let Err(error) = pinned {
-            // SAFETY: gives back what was retained above.
-            unsafe { (driver.release_context)(device) };
-            return Err(error);
-        }
         let by_event = self.asked == Asked::Event || !driver.can(device, CAN_WRITE_64);
         if by_event {
             self.watcher()?;
         }
-        self.devices.push(Device { ordinal, device, context: context as usize, base, by_event });
+        let _relaxed = driver.relax()?;
+        // SAFETY: a place for one value; `device` is what the call above gave. Retaining the primary context, which torch
+        // uses too, keeps it alive until `Pinned` is dropped.
+        driver.check("cuDevicePrimaryCtxRetain", unsafe { (driver.retain_context)(&mut context, device) })?;
+        let context = context as usize;
+        let base = driver.within(context, || self.pin()).inspect_err(|_| {
+            // SAFETY: gives back what was retained above.
+            unsafe { (driver.release_context)(device) };
+        })?;
+        self.devices.push(Device { ordinal, device, context, base, by_event });
         Ok(self.devices.len() - 1)
     }
 
-    /// Let the copies that are on their way land: `landed` says whether they have. If they do not within
-    /// [`LANDING_TIMEOUT`], the mapping is leaked, pinned as it is, because a device may still write to it. Where the
-    /// driver has refused a record there is nothing to wait for but what the devices do.
-    pub fn settle(&mut self, landed: impl Fn() -> bool) {
+    /// Pin the mapping, unless another device has had that done; gives where the device finds it whose context is current.
+    fn pin(&self) -> Result<u64> {
+        let (driver, first) = (self.driver, self.devices.is_empty());
+        let (address, len) = (self.memory.address(), self.memory.len() * 8);
+        if first {
+            // SAFETY: the mapping is `len` bytes, page-aligned, and stays mapped until `Pinned` has unregistered it.
+            let status = unsafe { (driver.register)(address, len, REGISTER_FLAGS) };
+            driver.check("cuMemHostRegister", status).map_err(|error| Error::Cuda {
+                what: format!(
+                    "cannot pin the arena of {len} bytes: {error}; it must lie on a tmpfs (EXPERT_LENS_DIR, by default in \
+                     /dev/shm), and fit into what the process may lock"
+                ),
+            })?;
+        }
+        let mut base = 0;
+        // SAFETY: `address` is registered, with DEVICEMAP and PORTABLE; `base` is a place for one pointer.
+        let status = unsafe { (driver.device_pointer)(&mut base, address, 0) };
+        driver.check("cuMemHostGetDevicePointer", status).inspect_err(|_| {
+            if first {
+                // SAFETY: registered above, and no device knows it yet.
+                unsafe { (driver.unregister)(address) };
+            }
+        })?;
+        Ok(base)
+    }
+
+    /// Let the copies that are on their way land: `in_flight` says how many records have not. If they do not within
+    /// [`LANDING_TIMEOUT`], the mapping is leaked, pinned as it is, because a device may still write to it. Of records that
+    /// the driver has refused it is enough that their streams have done what they were given, which is looked at and not
+    /// waited for: somebody may capture a graph meanwhile, and synchronising a context would end that.
+    pub fn settle(&mut self, in_flight: impl Fn() -> usize) {
         let deadline = Instant::now() + LANDING_TIMEOUT;
-        while !landed() {
-            if self.refused && self.synchronize().is_ok() {
+        loop {
+            let _relaxed = self.driver.relax();
+            let done: Option<bool> = self.refused.iter().try_fold(true, |done, event| {
+                event.as_ref().and_then(Event::has_come).map(|has_come| done && has_come)
+            });
+            if done == Some(true) && in_flight() <= self.refused.len() {
                 return;
             }
-            if self.refused || Instant::now() >= deadline {
+            if done.is_none() || Instant::now() >= deadline {
                 std::mem::forget((Arc::clone(&self.memory), self.watcher.take()));
                 self.devices.clear();
                 return;
@@ -259,27 +301,18 @@ impl Pinned {
             std::thread::sleep(EVENT_PERIOD);
         }
     }
-
-    /// Wait until the devices have done all that was asked of them.
-    fn synchronize(&self) -> Result<()> {
-        let driver = self.driver;
-        let wait = || {
-            // SAFETY: takes nothing; it waits for the context that `within` makes current.
-            driver.check("cuCtxSynchronize", unsafe { (driver.synchronize_context)() })
-        };
-        self.devices.iter().try_for_each(|device| driver.within(device.context, wait))
-    }
 }
 
 impl Drop for Pinned {
     fn drop(&mut self) {
         self.watcher = None;
         let (driver, address) = (self.driver, self.memory.address());
+        let _relaxed = driver.relax();
         // If a context was reset before us, what was made in it is gone.
         if let Some(device) = self.devices.iter().find(|device| driver.is_active(device.device)) {
             let unpin = || {
-                // SAFETY: registered in `add`, portable, so that any context will do; `settle` has seen every copy land, or
-                // the devices be done, so no device writes there any more.
+                // SAFETY: registered in `pin`, portable, so that any context will do; `settle` has seen every copy land, or
+                // the streams be done, so no device writes there any more.
                 driver.check("cuMemHostUnregister", unsafe { (driver.unregister)(address) })
             };
             let _ = driver.within(device.context, unpin);
@@ -302,10 +335,9 @@ pub(crate) struct OnStream<'a> {
 }
 
 impl OnStream<'_> {
-    /// What the driver said, noted.
+    /// As [`Pinned::noted`].
     fn noted(&mut self, said: Result<()>) -> Result<()> {
-        self.pinned.refused |= said.is_err();
-        said
+        self.pinned.noted(said, self.pinned.devices[self.at].device, self.stream as Handle)
     }
 }
 
@@ -328,7 +360,7 @@ impl Landing for OnStream<'_> {
         let device = &devices[self.at];
         assert!(at < memory.len(), "the writer publishes in its arena");
         let said = match watcher {
-            Some(watcher) if device.by_event => watcher.watch(stream, device.context, at, value, None),
+            Some(watcher) if device.by_event => watcher.watch(stream, device.device, at, value, None),
             // SAFETY: the word lies in the pinned mapping, where the device knows it as `base + at * 8`. Flag 0 keeps the
             // barrier before the store.
             _ => driver.check("cuStreamWriteValue64", unsafe {
