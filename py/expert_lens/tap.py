@@ -17,7 +17,7 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -149,6 +149,20 @@ def sent(indices: Indices, device: torch.device) -> torch.Tensor:
         return there.pin_memory().to(device, non_blocking=True)
 
 
+def _own(column: Any) -> Any:
+    """The column, if it is a tensor in memory of its own: the engine goes on to write into the one that it gave."""
+    return column.clone() if isinstance(column, torch.Tensor) else column
+
+
+def _follow(late: torch.cuda.Stream, stream: torch.cuda.Stream, tensors: Iterable[Any]) -> None:
+    """Have `late` go on behind what `stream` has been given so far, and know these tensors of it."""
+    with relaxed_capture():
+        late.wait_stream(stream)
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor):
+            tensor.record_stream(late)
+
+
 def _silence(layers: tuple[int, ...]) -> UnsupportedModelError:
     return UnsupportedModelError(f"layers {layers} gave no experts in this forward; rows from here on are missing.")
 
@@ -186,6 +200,9 @@ class Tap:
         self._batch: Sequence[Span] | None = None
         self._next: tuple[DecodeRun, int] | None = None
         """The run that the last step was of, and how many steps of it that made."""
+        self._late: dict[int, torch.cuda.Stream] = {}
+        """By device, a stream of ours for what another thread has left: that one may capture a graph on its own by the
+        time it is written, and what is enqueued there would become a part of it."""
         self._jobs: deque[Callable[[], None]] = deque()
         self._turn = [None]
         """Who takes this one out may use the writer, and puts it back. `list.pop` is atomic, as a lock is, and touches
@@ -382,9 +399,8 @@ class Tap:
             return
         write: Callable[[], None]
         if on_device:
-            # The stream of the thread that ran the forward; another one may come to write it.
             stream = torch.cuda.current_stream(experts.device)
-            write = partial(self._write_device, experts, weights, token_ids, rows, stream.cuda_stream)
+            write = partial(self._write_device, experts, weights, token_ids, rows, stream)
         else:
             write = partial(self._write, experts, weights, token_ids, rows, next_step)
         if self._take_turn():
@@ -392,10 +408,16 @@ class Tap:
                 self.guard(write)
             finally:
                 self._give_turn()
-        elif not at_once and len(self._jobs) < MAX_WAITING_STEPS:
-            self._submit(partial(self._write_late, write, len(experts), stream) if on_device else write)
-        else:
+        elif at_once or len(self._jobs) >= MAX_WAITING_STEPS:
             self.lose(len(experts))
+        elif not on_device:
+            self._submit(write)
+        elif (late := self._late.get(stream.device_index)) is None:
+            self.lose(len(experts))
+        else:
+            rows = Rows(rows.spans, _own(rows.positions), None, kv_slots=_own(rows.kv_slots))
+            _follow(late, stream, (experts, weights, token_ids, rows.positions, rows.kv_slots))
+            self._submit(partial(self._write_device, experts, weights, token_ids, rows, late))
 
     def _kept_on(self, kept: Indices, device: torch.device) -> torch.Tensor:
         """The indices there: the same tensor as for the step before as long as a batch goes on."""
@@ -485,9 +507,17 @@ class Tap:
         `kv_slots`: int32 [n] on a GPU, computed on the current stream. It is left out, and those rows are missing, if
         too many steps wait already.
         """
-        if self.active and len(self._jobs) < MAX_WAITING_STEPS:
-            stream = torch.cuda.current_stream(kv_slots.device).cuda_stream
-            self._submit(partial(self._write_prefix, spans, kv_slots, stream))
+        if not self.active:
+            return
+        stream = torch.cuda.current_stream(kv_slots.device)
+        if self._take_turn():
+            try:
+                self.guard(self._write_prefix, spans, kv_slots, stream)
+            finally:
+                self._give_turn()
+        elif len(self._jobs) < MAX_WAITING_STEPS and (late := self._late.get(stream.device_index)) is not None:
+            _follow(late, stream, (kv_slots,))
+            self._submit(partial(self._write_prefix, spans, kv_slots, late))
 
     def finish(self, number: int, request: str, num_positions: int, state: EndState) -> None:
         """State that a request has ended, after all that was published before."""
@@ -548,33 +578,27 @@ class Tap:
         weights: torch.Tensor | None,
         token_ids: torch.Tensor | None,
         rows: Rows,
-        stream: int,
+        stream: torch.cuda.Stream,
     ) -> None:
-        """Have the GPU publish: the tensors were allocated on `stream`, so their memory outlives the copies there."""
+        """Have the GPU publish: the tensors are known to `stream`, so their memory outlives the copies there."""
         self.set_batch(rows.spans)
-        positions = rows.positions
+        positions, device = rows.positions, experts.get_device()
+        if device not in self._late:
+            self._late[device] = torch.cuda.ExternalStream(self.writer.stream(device), device)  # type: ignore[no-untyped-call]
         self.writer.publish_device(
             experts.data_ptr(),
             len(experts),
             positions.data_ptr() if isinstance(positions, torch.Tensor) else positions,
-            device=experts.get_device(),
-            stream=stream,
+            device=device,
+            stream=stream.cuda_stream,
             token_ids=None if token_ids is None else token_ids.data_ptr(),
             kv_slots=None if rows.kv_slots is None else rows.kv_slots.data_ptr(),
             weights=None if weights is None else weights.data_ptr(),
         )
 
-    def _write_late(self, write: Callable[[], None], num_rows: int, stream: torch.cuda.Stream) -> None:
-        """Publish what the thread of that stream has left. If it captures a graph there by now, the rows are lost."""
-        with torch.cuda.stream(stream):
-            captured = torch.cuda.is_current_stream_capturing()
-        if captured:
-            self.writer.drop_step(num_rows)
-        else:
-            write()
-
-    def _write_prefix(self, spans: Sequence[Span], kv_slots: torch.Tensor, stream: int) -> None:
-        self.writer.publish_prefix(spans, kv_slots.data_ptr(), device=kv_slots.get_device(), stream=stream)
+    def _write_prefix(self, spans: Sequence[Span], kv_slots: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        address, device = kv_slots.data_ptr(), kv_slots.get_device()
+        self.writer.publish_prefix(spans, address, device=device, stream=stream.cuda_stream)
 
     def set_batch(self, spans: Sequence[Span]) -> None:
         """State whose rows the next record holds, unless the last one did; for who has the turn."""

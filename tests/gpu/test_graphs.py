@@ -456,16 +456,20 @@ def test_a_step_that_was_left_does_not_become_part_of_a_graph(taps: list[Tap]) -
         positions = np.arange(first, first + 4, dtype=np.uint32)
         tap.publish(experts, None, Rows([(1, "a", 0, 4, 0, "decode")], positions, None))
 
+    blocks: list[Any] = []
     with torch.cuda.stream(stream):
-        assert tap._take_turn(), "as another thread would"
         publish(0)
+        blocks.append(reading.take(4, 10.0))
+        assert tap._take_turn(), "as another thread would"
+        publish(4)
         with torch.cuda.graph(graph, stream=stream):
             x.mul_(2)
             tap._give_turn()
-        publish(4)
-    block: Any = reading.take(4, 10.0)
-    assert block["positions"].tolist() == [4, 5, 6, 7]
-    assert (tap.error, tap.writer.steps, tap.writer.dropped_tokens) == (None, 2, 4)
+            blocks.append(reading.take(4, 10.0))
+        publish(8)
+    blocks.append(reading.take(4, 10.0))
+    assert [block["positions"].tolist() for block in blocks] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert (tap.error, tap.writer.steps, tap.writer.dropped_tokens) == (None, 3, 0)
     graph.replay()
     assert x.sum().item() == 128
 
