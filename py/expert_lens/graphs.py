@@ -1,4 +1,4 @@
-"""CUDA graphs that publish: what is recorded at the end of a captured forward, and what is done around each replay.
+"""CUDA graphs that publish: what is recorded with a captured forward, and what is done around each replay.
 
 To capture a forward runs none, so it gives no rows; every *replay* is a forward. `record` is called once, while the
 graph is captured, in place of `Tap.publish`; from then on each replay is launched through `GraphStep.replay`, which
@@ -53,8 +53,9 @@ _unclaimed: set[GraphStep] = set()
 class GraphStep(ABC):
     """The publishing part of one captured graph, of at most `max_rows` rows a replay."""
 
-    def __init__(self, tap: Tap, max_rows: int) -> None:
+    def __init__(self, tap: Tap, max_rows: int, columns: _Columns) -> None:
         self.max_rows = max_rows
+        self._columns = columns
         self._tap = weakref.ref(tap)
         _unclaimed.add(self)
 
@@ -84,6 +85,9 @@ class GraphStep(ABC):
         if rows.num_rows > self.max_rows:
             tap.fail(ValueError(f"a replay of {rows.num_rows} rows, of a graph captured with {self.max_rows}"))
             return None
+        if rows.positions is None and self._columns.positions is None:
+            tap.fail(ValueError("a replay without positions, of a graph that was recorded without them"))
+            return None
         return tap
 
 
@@ -102,7 +106,9 @@ def record(
     of a static input its memory is read again each time.
 
     The kernels run beside what comes behind `Step.mark_chosen`, such as the last layer's experts and the model's head,
-    and the forward is over when both are: the step's ids are held up to here.
+    and the forward is over when both are: the step's ids are held up to here. Of a step that was marked so, the columns
+    must have been computed by then too, and stay as they are until here; `Tap.layer` marks it when the last layer has
+    chosen, if its beginning was marked. Another step is published here, where it ends.
 
     Raises UnsupportedModelError when a layer is silent or its ids have another shape, CudaError when the driver
     refuses, TimeoutError as `Tap.mailbox`.
@@ -113,14 +119,17 @@ def record(
     given = [token_ids, positions, kv_slots]
     names = ["token ids", "positions", "KV slots"]
     columns = _Columns(*(_column(name, one, num_rows) for name, one in zip(names, given, strict=True)))
-    if _addresses(given) != _addresses([columns.token_ids, columns.positions, columns.kv_slots]):
-        step.chosen = None  # a copy, which is made just now
     device = tap.device(step)
     with torch.cuda.device(device):
-        by_kernels = _prepare_kernels(tap, step, num_rows, columns, device)
+        ids = _alike(step.experts, num_rows, tap.top_k)
+        weights = _alike(tap.chosen_weights(step), num_rows, tap.top_k)
+        inputs = _Inputs(num_rows, ids, weights, columns)
+        by_kernels = _prepare_kernels(tap, inputs, device)
         if by_kernels is None:
             return _OnStream(tap, num_rows, step, columns)
-        by_kernels.record(step)
+        are_there = inputs.addresses() == _addresses([*step.experts, *step.weights, *given])
+        # What had to be copied first is there only now.
+        by_kernels.record(step.begun, step.chosen if are_there else None)
         return by_kernels
 
 
@@ -136,21 +145,16 @@ def _column(name: str, column: torch.Tensor | None, num_rows: int) -> torch.Tens
     return column.reshape(-1).contiguous()
 
 
-def _prepare_kernels(tap: Tap, step: Step, num_rows: int, columns: _Columns, device: torch.device) -> _ByKernels | None:
+def _prepare_kernels(tap: Tap, inputs: _Inputs, device: torch.device) -> _ByKernels | None:
     """The kernels, ready to be recorded; None where Triton is missing or fails, or another way was asked for."""
     if importlib.util.find_spec("triton") is None:
         return None
-    ids = _alike(step.experts, num_rows, tap.top_k)
-    weights = _alike(tap.chosen_weights(step), num_rows, tap.top_k)
-    table = _addresses([*ids, *weights])
-    if table != _addresses([*step.experts, *step.weights]):
-        step.chosen = None  # as above
     with relaxed_capture():
-        mailbox = tap.mailbox(device.index, table)
+        mailbox = tap.mailbox(device.index, _addresses([*inputs.ids, *inputs.weights]))
     if mailbox is None:
         return None
     try:
-        return _ByKernels(tap, _Inputs(num_rows, ids, weights, columns), mailbox)
+        return _ByKernels(tap, inputs, mailbox)
     except Exception as error:
         with contextlib.suppress(Warning):
             warnings.warn(
@@ -180,6 +184,11 @@ class _Inputs:
     weights: list[torch.Tensor]
     columns: _Columns
 
+    def addresses(self) -> list[int]:
+        """Where all of it lies."""
+        columns = self.columns
+        return _addresses([*self.ids, *self.weights, columns.token_ids, columns.positions, columns.kv_slots])
+
 
 class _ByKernels(GraphStep):
     """Kernels in the graph publish.
@@ -192,7 +201,6 @@ class _ByKernels(GraphStep):
         from expert_lens import kernels
 
         self._mailbox = mailbox
-        self._columns = inputs.columns
         self._beside = torch.cuda.ExternalStream(mailbox.stream)  # type: ignore[no-untyped-call]
         self._take = partial(kernels.take_post[(1,)], mailbox.entries, mailbox.state, MAILBOX_ENTRIES, num_warps=1)
         self._publish: Callable[[], Any] | None = partial(_publish, tap, inputs, mailbox)
@@ -203,18 +211,23 @@ class _ByKernels(GraphStep):
         mailbox.pass_over()
         self._rows: ReplayRows | None = None
         """Of the last replay, as stated to the mailbox."""
-        super().__init__(tap, inputs.num_rows)
+        super().__init__(tap, inputs.num_rows, inputs.columns)
 
-    def record(self, step: Step) -> None:
-        """Record the kernels beside a forward that ends here."""
+    def record(self, begun: torch.cuda.Event | None, chosen: torch.cuda.Event | None) -> None:
+        """Record the kernels beside a forward that ends here; None: from here on.
+
+        `begun`, `chosen`: from where on a replay's post is there, and what the kernels read.
+        """
         assert self._publish is not None
         stream = torch.cuda.current_stream()
-        with torch.cuda.stream(self._beside):
-            self._beside.wait_event(step.begun or stream.record_event())
-            self._take()
-            self._beside.wait_event(step.chosen or stream.record_event())
-            self._publish()
-        stream.wait_stream(self._beside)
+        self._beside.wait_event(begun or stream.record_event())
+        try:
+            with torch.cuda.stream(self._beside):
+                self._take()
+                self._beside.wait_event(chosen or stream.record_event())
+                self._publish()
+        finally:
+            stream.wait_stream(self._beside)  # else the engine's capture, which goes on, could not end
         self._publish = None  # with it go the layers' ids, which the graph alone needs from now on
 
     def replay(self, launch: Callable[[], Any], rows: ReplayRows | None) -> None:
@@ -229,31 +242,34 @@ class _ByKernels(GraphStep):
 
     def _set_rows(self, rows: ReplayRows | None) -> None:
         """State these rows to the mailbox: the same for each replay of a batch that goes on."""
+        self._rows = None
         tap, columns = self._active_tap(rows), self._columns
         if tap is None or rows is None:
-            self._rows = None
             return
-        self._rows = rows
-        self._mailbox.set_rows(
-            rows.num_rows,
-            token_ids=columns.token_ids is not None,
-            positions=rows.positions if columns.positions is None else None,
-            kv_slots=columns.kv_slots is not None,
-        )
+        try:
+            self._mailbox.set_rows(
+                rows.num_rows,
+                token_ids=columns.token_ids is not None,
+                positions=rows.positions if columns.positions is None else None,
+                kv_slots=columns.kv_slots is not None,
+            )
+        except Exception as error:
+            tap.fail(error)
+        else:
+            self._rows = rows
 
 
 class _OnStream(GraphStep):
     """The graph packs; behind each replay, its stream copies and publishes."""
 
     def __init__(self, tap: Tap, num_rows: int, step: Step, columns: _Columns) -> None:
-        super().__init__(tap, num_rows)
-        # These lie in the graph's own memory: as long as they are referenced, no other tensor of its pool lies there.
-        self._experts, self._weights = tap.join(step, num_rows)
-
         def kept(column: torch.Tensor | None) -> torch.Tensor | None:
             return None if column is None else column.to(torch.int32, copy=True)
 
-        self._columns = _Columns(kept(columns.token_ids), kept(columns.positions), kept(columns.kv_slots))
+        columns = _Columns(kept(columns.token_ids), kept(columns.positions), kept(columns.kv_slots))
+        super().__init__(tap, num_rows, columns)
+        # These lie in the graph's own memory: as long as they are referenced, no other tensor of its pool lies there.
+        self._experts, self._weights = tap.join(step, num_rows)
 
     def replay(self, launch: Callable[[], Any], rows: ReplayRows | None) -> None:
         launch()
@@ -262,9 +278,7 @@ class _OnStream(GraphStep):
             return
         columns = self._columns
         positions = rows.positions if columns.positions is None else columns.positions[: rows.num_rows]
-        if positions is None:
-            tap.fail(ValueError("a replay without positions, of a graph that was recorded without them"))
-            return
+        assert positions is not None, "_active_tap has looked"
         tap.publish(
             self._experts[: rows.num_rows],
             None if self._weights is None else self._weights[: rows.num_rows],

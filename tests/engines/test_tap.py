@@ -312,6 +312,8 @@ class NotingMailbox:
         self.rows: dict[str, Any] | None = None
 
     def set_rows(self, num_rows: int, **what: Any) -> None:
+        if len(what["positions"]) != num_rows:
+            raise ValueError(f"{len(what['positions'])} positions, and {num_rows} rows need {num_rows}")
         self.rows = {"num_rows": num_rows, **what}
 
     def pass_over(self) -> None:
@@ -420,30 +422,52 @@ def test_rows_that_are_lost_while_very_much_waits_are_told_with_the_next_step() 
     assert tap.lost_tokens == 0
 
 
+def kernels_of_a_graph(tap: Any, mailbox: Any) -> Any:
+    """The kernels' part of a graph of 4 rows with token ids, without a device."""
+    step = object.__new__(graphs._ByKernels)
+    step.max_rows, step._tap, step._mailbox = 4, weakref.ref(tap), mailbox
+    step._columns, step._rows = graphs._Columns(torch.zeros(4), None, None), None
+    return step
+
+
+POSITIONS = np.arange(4, dtype=np.uint32)
+
+
 def test_what_posts_for_a_batch_is_made_ready_once() -> None:
-    """The kernels' part of a graph, without a device."""
     tap, writer = make_tap()
     mailbox = NotingMailbox(writer.calls)
-    step = object.__new__(graphs._ByKernels)
-    step.max_rows, step._tap, step._mailbox = 4, weakref.ref(tap), mailbox  # type: ignore[assignment]
-    step._columns, step._rows = graphs._Columns(torch.zeros(4), None, None), None
-    positions = np.arange(4, dtype=np.uint32)
-    fewer = ReplayRows([(1, "a", 0, 2, 0, "decode")], 2, positions[:2])
-    for rows in (FOUR_ROWS, FOUR_ROWS, None, fewer, FOUR_ROWS):
+    step = kernels_of_a_graph(tap, mailbox)
+    four_rows = ReplayRows(FOUR_ROWS.spans, 4, POSITIONS)
+    fewer = ReplayRows([(1, "a", 0, 2, 0, "decode")], 2, POSITIONS[:2])
+    for rows in (four_rows, four_rows, None, fewer, four_rows):
         step.replay(lambda: writer.calls.append(("launch",)), rows)
     posted = [call[1] for call in writer.calls if call[0] == "post"]
-    assert [(rows["num_rows"], rows["positions"] is None) for rows in posted] == [(4, True)] * 2 + [
-        (2, False),
-        (4, True),
-    ]
+    assert [(rows["num_rows"], len(rows["positions"])) for rows in posted] == [(4, 4), (4, 4), (2, 2), (4, 4)]
     assert posted[0] is posted[1], "stated once"
     assert all((rows["token_ids"], rows["kv_slots"]) == (True, False) for rows in posted)
     assert mailbox.replays == 5
     four, again = ["set_batch", "post", "launch"], ["post", "launch"]
     assert writer.names == [*four, *again, "pass over", "launch", *four, *four]
-    with pytest.warns(RuntimeWarning, match="a replay of 5 rows, of a graph captured with 4"):
-        step.replay(lambda: None, ReplayRows(FOUR_ROWS.spans, 5))
-    assert not tap.active
     del tap
-    step.replay(lambda: None, FOUR_ROWS)
-    assert mailbox.replays == 7
+    step.replay(lambda: None, four_rows)
+    assert mailbox.replays == 6
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        (ReplayRows(FOUR_ROWS.spans, 5, POSITIONS), "a replay of 5 rows, of a graph captured with 4"),
+        (ReplayRows(FOUR_ROWS.spans, 4), "a replay without positions, of a graph that was recorded without them"),
+        (ReplayRows(FOUR_ROWS.spans, 4, POSITIONS[:3]), "3 positions"),
+    ],
+)
+def test_rows_that_a_graph_cannot_publish_end_the_capture_and_the_replay_runs(rows: ReplayRows, says: str) -> None:
+    tap, writer = make_tap()
+    mailbox = NotingMailbox(writer.calls)
+    step = kernels_of_a_graph(tap, mailbox)
+    step.replay(lambda: None, ReplayRows([(1, "a", 0, 2, 0, "decode")], 2, POSITIONS[:2]))
+    for warns in (pytest.warns(RuntimeWarning, match=says), contextlib.nullcontext()):
+        with warns:
+            step.replay(lambda: writer.calls.append(("launch",)), rows)
+    assert writer.names == ["set_batch", "post", "fail", "pass over", "launch", "pass over", "launch"]
+    assert mailbox.replays == 3
