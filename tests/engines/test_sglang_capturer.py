@@ -3,6 +3,7 @@
 What needs a GPU (graphs, streams) is in tests/gpu/test_sglang.py, with the real engine.
 """
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from expert_lens import graphs
 from expert_lens._core import Collector, Writer
 from expert_lens.engines.sglang.capturer import Capturer
 from expert_lens.engines.sglang.layout import Layout
 from expert_lens.engines.sglang.scheduler import _follow_forwards
 from expert_lens.errors import EngineHookError, SilentTapError
-from expert_lens.tap import Rows, Tap
+from expert_lens.tap import Rows, Step, Tap
 
 LAYERS, EXPERTS, TOP_K = [1, 2, 5], 256, 2
 FACTS: dict[str, Any] = {"layers": LAYERS, "num_experts": EXPERTS, "top_k": TOP_K}
@@ -386,3 +388,83 @@ def test_without_sglangs_own_capture_there_is_nothing_to_return(engine: Engine) 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         engine.capturer.destroy()
+
+
+class DecodeCapture:
+    """SGLang's runner of decode graphs, and a forward of it whose graph would be captured."""
+
+    backend = type("FullCudaGraphBackend", (), {})()
+    capture_forward_mode = Mode(name="DECODE")
+    num_tokens_per_bs = 1
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.buffers = SimpleNamespace(
+            **{name: torch.arange(8) for name in ("input_ids", "positions", "out_cache_loc")}
+        )
+        self.engine = engine
+        self.happened: list[str] = []
+        self.recorded: list[Any] = []
+        self.fails = False
+        for mark in ("mark_beginning", "mark_chosen"):
+            monkeypatch.setattr(Step, mark, lambda _, mark=mark: self.happened.append(mark))
+        monkeypatch.setattr(graphs, "record", self.record)
+
+    def forward(self, input_ids: Any, positions: Any, forward_batch: Any, pp_proxy_tensors: Any = None) -> Any:
+        del input_ids, positions, forward_batch, pp_proxy_tensors
+        self.engine.hand_over(self.engine.experts(4), LAYERS)
+        if self.fails:
+            raise RuntimeError("out of memory")
+        self.happened.append("head")
+        return "logits"
+
+    def record(self, tap: Tap, step: Step, num_rows: int, **columns: torch.Tensor) -> Any:
+        assert tap is self.engine.tap
+        self.happened.append("record")
+        self.recorded.append((step, num_rows, columns))
+        return SimpleNamespace(attach_to=lambda _: None)
+
+
+def test_a_decode_graph_is_recorded_once_where_its_forward_ends(
+    engine: Engine, capturing: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = DecodeCapture(engine, monkeypatch)
+    with engine.capturer.capturing(runner, 4, runner.forward) as forward:
+        assert "pp_proxy_tensors" in inspect.signature(forward).parameters, "SGLang looks whether the model takes them"
+        assert forward(None, None, None) == "logits"
+        assert runner.happened == ["head"], "a warm-up"
+        capturing.on = True
+        assert forward(None, None, None, pp_proxy_tensors=None) == "logits"
+    assert runner.happened[1:] == ["mark_beginning", "mark_chosen", "head", "record"]
+    [(step, num_rows, columns)] = runner.recorded
+    assert (num_rows, [ids.shape for ids in step.experts]) == (4, [(4, TOP_K)] * len(LAYERS))
+    assert {name: column.tolist() for name, column in columns.items()} == dict.fromkeys(
+        ("token_ids", "positions", "kv_slots"), [0, 1, 2, 3]
+    )
+    assert engine.tap.active
+
+
+def test_of_a_decode_graph_that_cannot_be_captured_nothing_is_recorded(
+    engine: Engine, capturing: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = DecodeCapture(engine, monkeypatch)
+    capturing.on = runner.fails = True
+    with (
+        pytest.raises(RuntimeError, match="out of memory"),
+        engine.capturer.capturing(runner, 4, runner.forward) as forward,
+    ):
+        forward(None, None, None)
+    runner.fails = False
+    with engine.capturer.capturing(runner, 2, runner.forward) as forward:
+        engine.capturer.follow(object())  # nothing of it was recorded
+    assert (runner.recorded, engine.tap.error) == ([], None)
+
+
+def test_a_decode_graph_that_is_kept_elsewhere_is_an_error(
+    engine: Engine, capturing: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = DecodeCapture(engine, monkeypatch)
+    capturing.on = True
+    with engine.capturer.capturing(runner, 4, runner.forward) as forward:
+        forward(None, None, None)
+        with pytest.raises(EngineHookError, match="there is object, and no CUDAGraph"):
+            engine.capturer.follow(object())

@@ -181,7 +181,7 @@ class Capturer:
         Gives what is to be run in place of `forward`, the model's.
         """
 
-        @wraps(forward)
+        @wraps(forward)  # SGLang looks at its signature, for what to call it with
         def run(*args: Any, **kwargs: Any) -> Any:
             result = forward(*args, **kwargs)
             if self._decode_graph is not None:
