@@ -299,7 +299,7 @@ class Mailbox:
 
     @property
     def taken(self) -> int:
-        """Address of the word in host memory where the device tells how many replays it has begun."""
+        """Address of the word in host memory where the device tells how many replays' posts it has read."""
 
     @property
     def state(self) -> int:

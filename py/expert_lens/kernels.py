@@ -1,4 +1,4 @@
-"""The kernels by which a CUDA graph publishes: recorded at the end of a forward, replayed with it.
+"""The kernels by which a CUDA graph publishes: recorded beside a forward, replayed with it.
 
 `take_post` reads, in one warp, where this replay is to write: reads of one host address are served one after another,
 so that no more threads than needed may read it. `publish_rows` packs the rows of all layers and writes them straight

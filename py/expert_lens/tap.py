@@ -68,7 +68,7 @@ class Step:
         """What the engine's side needs to know again at the end of the forward; the tap does not look at it."""
 
     def mark_beginning(self) -> None:
-        """Note, in a capture, that the forward begins here: what publishes it reads its post from here on.
+        """Note, in a capture, that the forward begins here, or has not chosen yet: its post is read from here on.
 
         That goes on beside the forward, and so does publishing once all layers have chosen.
         """

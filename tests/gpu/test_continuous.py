@@ -38,6 +38,18 @@ def make_model(family: str = "qwen3_moe", **changes: Any) -> Any:
     return model
 
 
+def check_outputs(mode: str, results: dict[str, Any], others: dict[str, Any]) -> None:
+    """That each request has the tokens that it had before.
+
+    Of asynchronous batching only as many: on a busy GPU that of transformers 5.17 gives other tokens in 2 runs of 100,
+    from the first one on, with nothing attached.
+    """
+    tokens, before = ([one.generated_tokens for one in run.values()] for run in (results, others))
+    assert [len(one) for one in tokens] == [len(one) for one in before]
+    if "asynchronous" not in mode:
+        assert tokens == before
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe"])
 def test_every_request_has_the_rows_that_the_experts_received(mode: str, family: str, way: str, attach: Attach) -> None:
@@ -92,9 +104,10 @@ def test_asynchronous_graphs_give_what_each_sequence_gives_alone(attach: Attach)
         np.testing.assert_array_equal(np.sort(capture.experts(name), -1), np.sort(alone, -1))
 
 
-def test_graphs_that_were_captured_before_attaching_are_captured_anew(attach: Attach) -> None:
+@pytest.mark.parametrize("mode", ["graphs", "graphs, asynchronous"])
+def test_graphs_that_were_captured_before_attaching_are_captured_anew(mode: str, attach: Attach) -> None:
     model = make_model()
-    config = small_batches(max_batch_tokens=32, **MODES["graphs, asynchronous"])
+    config = small_batches(max_batch_tokens=32, **MODES[mode])
 
     def run() -> dict[str, Any]:
         options = {"continuous_batching_config": config, "persistent_manager": True, "max_new_tokens": 12}
@@ -106,13 +119,11 @@ def test_graphs_that_were_captured_before_attaching_are_captured_anew(attach: At
         with GraphOracle(model).watching() as truth:
             results = run()
         check_batches(capture, truth.rows(), results)
-        assert [one.generated_tokens for one in results.values()] == [one.generated_tokens for one in before.values()]
+        check_outputs(mode, results, before)
         assert truth.num_replays > 5
         assert capture.tap.writer.publisher == "graph"
         capture.tap.close()
-        after = run()
-        for first, second in zip(before.values(), after.values(), strict=True):
-            assert first.generated_tokens == second.generated_tokens
+        check_outputs(mode, run(), before)
     model.destroy_cached_continuous_batching_manager()
 
 
@@ -131,9 +142,10 @@ def test_a_cancelled_request_is_aborted_and_others_go_on(attach: Attach) -> None
     assert capture.tap.error is None
 
 
-def test_a_capture_may_be_closed_while_the_engine_runs(attach: Attach) -> None:
+@pytest.mark.parametrize("mode", ["graphs", "graphs, asynchronous"])
+def test_a_capture_may_be_closed_while_the_engine_runs(mode: str, attach: Attach) -> None:
     model = make_model()
-    config = small_batches(max_batch_tokens=32, num_blocks=512, **MODES["graphs, asynchronous"])
+    config = small_batches(max_batch_tokens=32, num_blocks=512, **MODES[mode])
     options = {"continuous_batching_config": config, "max_new_tokens": 150}
     alone = generate_batch(model, PROMPTS, **options)
     for turn in range(4):
@@ -143,8 +155,7 @@ def test_a_capture_may_be_closed_while_the_engine_runs(attach: Attach) -> None:
         results = generate_batch(model, PROMPTS, **options)
         closing.join()
         assert capture.tap.error is None
-        for name, result in results.items():
-            assert result.generated_tokens == alone[name].generated_tokens
+        check_outputs(mode, results, alone)
         gc.collect()
         torch.cuda.synchronize()
 
@@ -185,3 +196,4 @@ def test_five_million_ids(attach: Attach) -> None:
     print(f"{compared} ids compared, {truth.num_replays} replays")
     assert compared > 5_000_000
     assert truth.num_replays > 400
+    assert capture.tap.writer.publisher == "graph"

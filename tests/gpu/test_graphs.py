@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from capturing import another_thread_captures
 from graph_forward import GraphForward, make_tap
 from patterns import K, L, OnDevice, publish
 from test_publishing import SIZES, STEPS, report, start_reader
@@ -406,42 +406,51 @@ def test_another_threads_capture_goes_on_beside_replays(taps: list[Tap]) -> None
     taps.append(tap)
     stream = RowStream("beside")
     forward = GraphForward(tap, 8)
-    x, graph = torch.ones(64, device="cuda"), torch.cuda.CUDAGraph()
-    capturing, replayed, failed = threading.Event(), threading.Event(), []
-
-    def capture() -> None:
-        try:
-            with torch.cuda.graph(graph, capture_error_mode="global"):
-                y = x * 2
-                capturing.set()
-                assert replayed.wait(30)
-                x.copy_(y)
-        except BaseException as error:
-            failed.append(error)
-            capturing.set()
-
-    torch.cuda.synchronize()
-    thread = threading.Thread(target=capture)
-    thread.start()
-    assert capturing.wait(30)
     rows = graphs.ReplayRows([(1, "a", 0, 8, 0, "decode")], 8)
 
     def fail() -> None:
         raise RuntimeError("in the engine")
 
-    with torch.cuda.stream(forward.stream):
+    with another_thread_captures(), torch.cuda.stream(forward.stream):
         forward.recorded.replay(forward.graph.replay, rows)
         with pytest.raises(RuntimeError, match="in the engine"):
             forward.recorded.replay(fail, rows)
         forward.recorded.replay(forward.graph.replay, rows)
-    block: Any = stream.take(16, 10.0)
-    replayed.set()
-    thread.join()
-    assert failed == []
+        block: Any = stream.take(16, 10.0)
     assert len(block["steps"]) == 16
     assert tap.error is None
-    graph.replay()
-    assert x.sum().item() == 128
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_another_threads_capture_goes_on_while_a_tap_begins_and_ends(refused: bool) -> None:
+    packed, positions = OnDevice(128, 8).experts(0, 8), np.arange(8, dtype=np.uint32)
+    stream = torch.cuda.Stream().cuda_stream
+    with another_thread_captures():
+        tap = make_tap("passing-by")
+        mailbox = tap.mailbox(0, [0])
+        assert tap.writer.publish_device(packed.data_ptr(), 8, positions, device=0, stream=stream)
+        if refused:
+            with pytest.raises(CudaError, match="cuMemcpyDtoHAsync failed"):
+                tap.writer.publish_device(64, 8, positions, device=0, stream=stream)  # 64 is no address
+        tap.close()
+        assert mailbox is not None
+        del mailbox
+
+
+def test_rows_are_there_while_the_forward_goes_on(monkeypatch: pytest.MonkeyPatch, taps: list[Tap]) -> None:
+    class Long(GraphForward):
+        def run_on(self) -> None:
+            torch.cuda._sleep(4_000_000_000)
+
+    monkeypatch.setenv("EXPERT_LENS_PUBLISHER", GRAPH)
+    tap = make_tap("going-on")
+    taps.append(tap)
+    stream = RowStream("going-on")
+    forward = Long(tap, 8)
+    forward.replay(8)
+    block: Any = stream.take(8, 10.0)
+    assert len(block["steps"]) == 8
+    assert not forward.stream.query(), "the forward is over"
 
 
 def test_a_step_that_was_left_does_not_become_part_of_a_graph(taps: list[Tap]) -> None:
