@@ -4,6 +4,9 @@ Random Qwen3-MoEs of 24 layers, alike, in eager mode, one for each way; two of t
 much the figures scatter by themselves. They decode at once, each in a thread of its own, and take turns, a step each,
 in a new order each round: what else the machine does then befalls them alike. A step is what `generate` takes from one
 token to the next, which waits for the GPU; figures are of each round, relative to the step without anything in it.
+
+And, since these steps scatter by far more than the lens can take: how much of a step this thread runs code of the lens,
+clocks included.
 """
 
 import json
@@ -12,7 +15,7 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -22,8 +25,10 @@ import transformers
 
 from expert_lens._core import Collector
 from expert_lens.engines import transformers as engine
+from expert_lens.engines.transformers import attachment, generate
+from expert_lens.engines.transformers.patch import StandIn
 
-STEPS, SKIPPED = 400, 20
+STEPS, SKIPPED, CLOCKED_STEPS = 400, 20, 150
 NAME = f"bench-{os.getpid()}"
 
 
@@ -140,13 +145,104 @@ def decode(models: dict[str, Any], inputs: dict[str, Any]) -> dict[str, list[flo
         return dict(zip(models, pool.map(run, models), strict=True))
 
 
+class Share:
+    """A clock that runs while one thread is in code of the lens: entered, and not in what the lens calls of others."""
+
+    def __init__(self) -> None:
+        self.spent = 0
+        self._since: int | None = None
+
+    def ours(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, with the clock running meanwhile."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            outer, self._since = self._since, time.perf_counter_ns()
+            if outer is not None:
+                self.spent += self._since - outer
+            try:
+                return function(*args, **kwargs)
+            finally:
+                now = time.perf_counter_ns()
+                self.spent += now - self._since
+                self._since = None if outer is None else now
+
+        return timed
+
+    def theirs(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, with the clock standing meanwhile."""
+
+        def untimed(*args: Any, **kwargs: Any) -> Any:
+            if self._since is None:
+                return function(*args, **kwargs)
+            self.spent += time.perf_counter_ns() - self._since
+            self._since = None
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._since = time.perf_counter_ns()
+
+        return untimed
+
+
+@contextmanager
+def clocked(model: Any) -> Iterator[Share]:
+    """The lens's code in the model's forwards and in `generate` goes by the clock."""
+    share = Share()
+    entered: list[tuple[type, str]] = [
+        (attachment._ExpertsForward, "__call__"),
+        (attachment._DecoderForward, "__call__"),
+        (attachment._FollowedMethod, "__call__"),
+        (generate.GenerateCall, "criteria_called"),
+    ]
+    left: list[tuple[type, str]] = [(StandIn, "call_original"), (type(model.model.layers[0].mlp.experts), "forward")]
+    before = [(owner, name, owner.__dict__[name]) for owner, name in entered + left]
+    for owner, name in entered:
+        setattr(owner, name, share.ours(getattr(owner, name)))
+    for owner, name in left:
+        setattr(owner, name, share.theirs(getattr(owner, name)))
+    try:
+        yield share
+    finally:
+        for owner, name, function in before:
+            setattr(owner, name, function)
+
+
+class StepClock(transformers.StoppingCriteria):
+    """Stops nothing; notes how much of each step the lens's code took, in per cent."""
+
+    def __init__(self, share: Share) -> None:
+        self.steps: list[float] = []
+        self._share = share
+        self._before = (time.perf_counter_ns(), share.spent)
+
+    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """Of no sequence [n] is it said that it is done."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = (time.perf_counter_ns(), self._share.spent)
+        self.steps.append((now[1] - self._before[1]) / (now[0] - self._before[0]) * 100)
+        self._before = now
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def measure_share(model: Any, inputs: dict[str, Any]) -> list[float]:
+    """How much of each step the lens's code takes of the thread, in per cent."""
+    with clocked(model) as share, torch.inference_mode():
+        clock = StepClock(share)
+        model.generate(**inputs, max_new_tokens=CLOCKED_STEPS, do_sample=False, stopping_criteria=[clock])
+    return clock.steps[SKIPPED:]
+
+
 def main() -> None:
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}")
     models = {name: make_model() for name in WAYS}
     with lens(models["lens"]), hooks_with_cpu(models["hooks with .cpu()"]):
         for batch in (1, 64):
             ids = torch.randint(1, 4096, (batch, 32), device="cuda")
-            steps = decode(models, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            share = measure_share(models["lens"], inputs)
+            show(f"24 layers, batch {batch}: the lens's code, of a step", "% of the time", share, bar="<= 1")
+            steps = decode(models, inputs)
             without = steps.pop("nothing")
             show(f"24 layers, batch {batch}: a step without anything", "ms", without)
             for name, values in steps.items():

@@ -64,6 +64,10 @@ class GraphStep(ABC):
         graph.expert_lens = self
         _unclaimed.discard(self)
 
+    def give_up(self) -> None:
+        """The capture that this was recorded in has failed: no graph will ever run it."""
+        _unclaimed.discard(self)
+
     def belongs_to(self, tap: Tap) -> bool:
         """Whether the graph was captured for this tap."""
         return self._tap() is tap

@@ -421,7 +421,7 @@ class DecodeCapture:
         assert tap is self.engine.tap
         self.happened.append("record")
         self.recorded.append((step, num_rows, columns))
-        return SimpleNamespace(attach_to=lambda _: None)
+        return SimpleNamespace(give_up=lambda: self.happened.append("give up"))
 
 
 def test_a_decode_graph_is_recorded_once_where_its_forward_ends(
@@ -452,10 +452,20 @@ def test_of_a_decode_graph_that_cannot_be_captured_nothing_is_recorded(
         engine.capturer.capturing(runner, 4, runner.forward) as forward,
     ):
         forward(None, None, None)
-    runner.fails = False
-    with engine.capturer.capturing(runner, 2, runner.forward) as forward:
+    assert runner.recorded == []
+    with engine.capturer.capturing(runner, 2, runner.forward):
         engine.capturer.follow(object())  # nothing of it was recorded
-    assert (runner.recorded, engine.tap.error) == ([], None)
+    runner.fails = False
+
+    def capture() -> None:
+        with engine.capturer.capturing(runner, 4, runner.forward) as forward:
+            forward(None, None, None)
+            raise RuntimeError("at its end")
+
+    with pytest.raises(RuntimeError, match="at its end"):
+        capture()
+    assert runner.happened[-2:] == ["record", "give up"]
+    assert engine.tap.error is None
 
 
 def test_a_decode_graph_that_is_kept_elsewhere_is_an_error(

@@ -191,6 +191,10 @@ class Capturer:
         self.tap.guard(self._begin_capture, runner, size)
         try:
             yield run
+        except BaseException:
+            if self._decode_graph is not None and self._decode_graph.recorded is not None:
+                self._decode_graph.recorded.give_up()
+            raise
         finally:
             self._decode_graph = None
 
