@@ -8,7 +8,11 @@ from functools import cache, cached_property
 from pathlib import Path
 
 FOLDER = Path(__file__).parents[2] / "build" / "sglang"
-WHEEL = ["--no-deps", "--only-binary=:all:", "--python-version", "3.12", "--platform", "manylinux_2_34_x86_64"]
+WHEEL = [
+    *("--no-deps", "--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp"),
+    # Of a release with another tag than these, an older one would be taken for the newest.
+    *(f"--platform=manylinux_2_{minor}_x86_64" for minor in range(17, 51)),
+]
 
 
 class Sources:
@@ -51,6 +55,12 @@ class Sources:
         bases = [base.id for base in getattr(owner, "bases", []) if isinstance(base, ast.Name)]
         found = (self.find(f"{module}:{base}.{name}") for base in bases)
         return next((node for node in found if node is not None), None)
+
+    def unparsed(self, path: str) -> str:
+        """The class's or function's code, laid out anew."""
+        found = self.find(path)
+        assert found is not None, f"SGLang {self.version} has no {path}"
+        return ast.unparse(found)
 
     def parameters(self, path: str) -> set[str] | None:
         """The names of the function's parameters; None if there is no such function."""

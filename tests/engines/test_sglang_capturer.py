@@ -289,11 +289,13 @@ def test_what_a_graph_leaves_is_published_once(engine: Engine, capturing: Simple
     capturing.on = False
     engine.capturer.on_forward_end(batch, can_run_graph=True, cuda_graph_batch=6)
     np.testing.assert_array_equal(engine.rows("a")["experts"], experts[:4].numpy())
-    engine.forward(engine.batch("DECODE", ["a"], [4], [1]), None)  # writes nothing: no row of the one before
+    engine.forward(engine.batch("EXTEND", ["a"], [4], [1]), None)  # writes nothing: no row of the one before
     rows = engine.rows("a")
     assert len(rows["phases"]) == 4
     assert engine.collector.stats()["tokens"] == 4
     assert engine.tap.error is None
+    with pytest.warns(RuntimeWarning, match=r"layers \(1, 2, 5\) handed over no experts in a forward in mode DECODE"):
+        engine.forward(engine.batch("DECODE", ["a"], [5], [1]), None)
 
 
 def test_a_layer_that_hands_over_nothing_ends_the_capture_by_its_number(engine: Engine) -> None:
@@ -305,7 +307,9 @@ def test_a_layer_that_hands_over_nothing_ends_the_capture_by_its_number(engine: 
 
 
 def test_no_layer_at_all_ends_the_capture(engine: Engine) -> None:
-    with pytest.warns(RuntimeWarning, match=r"layers \(1, 2, 5\) handed over no experts in a forward of 2 tokens"):
+    with pytest.warns(
+        RuntimeWarning, match=r"layers \(1, 2, 5\) handed over no experts in a forward in mode EXTEND of 2"
+    ):
         engine.forward(engine.batch("EXTEND", ["a"], [0], [2]), None)
     assert isinstance(engine.tap.error, SilentTapError)
 
@@ -370,6 +374,40 @@ def test_data_parallel_ranks_have_their_own_rows() -> None:
     engine.tap.close()
 
 
+def test_rows_of_data_parallel_ranks_that_cannot_be_told_apart_count_as_dropped(
+    capturing: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In graphs of prompts and in compiled code; what runs otherwise goes on to have its rows."""
+    engine = Engine(Layout(1, 0, 1, 0, 3, 1, 1, 0))
+    counts = {"global_num_tokens_cpu": [4, 2, 3]}
+    for how in ("captured", "compiled"):
+        capturing.on = how == "captured"
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda how=how: how == "compiled")
+            engine.hand_over(engine.experts(9), LAYERS)
+        capturing.on = False
+        engine.forward(engine.batch("EXTEND", ["a"], [0], [2], **counts), None)
+    experts = engine.experts(9)
+    engine.forward(engine.batch("EXTEND", ["b"], [0], [2], **counts), experts)
+    np.testing.assert_array_equal(engine.rows("b")["experts"], experts[4:6].numpy())
+    assert engine.rows("a") is None
+    assert engine.collector.stats()["dropped_tokens"] == 4
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert engine.tap.error is None
+    engine.collector.close()
+    engine.tap.close()
+
+
+def test_drafted_tokens_of_unlike_number_count_as_dropped(engine: Engine) -> None:
+    batch = engine.batch("TARGET_VERIFY", ["a", "b"], [2, 2], [1, 2], spec_info=SimpleNamespace(draft_token_num=4))
+    engine.forward(batch, engine.experts(3))
+    engine.capturer.accept(torch.tensor([[0, -1], [1, 2]]))
+    engine.forward(engine.batch("EXTEND", ["c"], [0], [2]), engine.experts(2))
+    stats = engine.collector.stats()
+    assert engine.rows("c") is not None
+    assert (stats["tokens"], stats["dropped_tokens"], engine.tap.error) == (2, 3, None)
+
+
 def test_a_draft_models_layers_are_not_the_targets(engine: Engine) -> None:
     """Called outside of the target's forward, or of a layer that it does not have."""
     engine.hand_over(engine.experts(4), LAYERS)
@@ -405,13 +443,14 @@ class DecodeCapture:
         self.happened: list[str] = []
         self.recorded: list[Any] = []
         self.fails = False
+        self.layers = LAYERS
         for mark in ("mark_beginning", "mark_chosen"):
             monkeypatch.setattr(Step, mark, lambda _, mark=mark: self.happened.append(mark))
         monkeypatch.setattr(graphs, "record", self.record)
 
     def forward(self, input_ids: Any, positions: Any, forward_batch: Any, pp_proxy_tensors: Any = None) -> Any:
         del input_ids, positions, forward_batch, pp_proxy_tensors
-        self.engine.hand_over(self.engine.experts(4), LAYERS)
+        self.engine.hand_over(self.engine.experts(4), self.layers)
         if self.fails:
             raise RuntimeError("out of memory")
         self.happened.append("head")
@@ -466,6 +505,20 @@ def test_of_a_decode_graph_that_cannot_be_captured_nothing_is_recorded(
         capture()
     assert runner.happened[-2:] == ["record", "give up"]
     assert engine.tap.error is None
+
+
+def test_a_decode_graph_whose_last_layer_is_silent_ends_the_capture_by_its_number(
+    engine: Engine, capturing: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = DecodeCapture(engine, monkeypatch)
+    capturing.on = True
+    runner.layers = LAYERS[:2]
+    with (
+        pytest.warns(RuntimeWarning, match=r"layers \(5,\) handed over no experts in a forward that was captured"),
+        engine.capturer.capturing(runner, 4, runner.forward) as forward,
+    ):
+        forward(None, None, None)
+    assert runner.recorded == []
 
 
 def test_a_decode_graph_that_is_kept_elsewhere_is_an_error(

@@ -96,6 +96,11 @@ def test_a_decode_graph_has_its_inputs_and_can_be_found(sources: Sources) -> Non
     if "DecodeCudaGraphRunner" in runner:
         backend = "sglang.srt.model_executor.runner_backend.full_cuda_graph_backend:FullCudaGraphBackend"
         assert {"_graphs", "capture_one", "replay"} <= sources.fields(backend)
+        assert re.search(r"self\._graphs\[\w+\] = graph\b", sources.unparsed(f"{backend}.capture_one"))
+        assert re.search(r"self\._graphs\[\w+\]\.replay\(\)", sources.unparsed(f"{backend}.replay"))
+    else:
+        assert "return (graph, " in sources.unparsed(f"{runner}.capture_one_batch_size")
+        assert re.search(r"self\.graphs\[\w+\]\.replay\(\)", sources.unparsed(f"{runner}.replay"))
 
 
 def test_drafted_tokens_are_judged_where_we_listen(sources: Sources) -> None:

@@ -68,6 +68,10 @@ def test_an_eager_forwards_rows_stand_behind_those_of_the_ranks_before(rank: int
         assert eager_rows(counts[rank], counts[rank], counts, ranks) == 0  # each rank routes its own
     with pytest.raises(EngineHookError, match="saw 11 tokens"):
         eager_rows(11, counts[rank], counts, ranks)
+    # Where each rank routes its own, SGLang tells of no other's.
+    assert eager_rows(5, 5, [5], ranks) == eager_rows(5, 8, [5], ranks) == eager_rows(8, 8, [5], ranks) == 0
+    with pytest.raises(EngineHookError, match="saw 6 tokens"):
+        eager_rows(6, 8, [5], ranks)
 
 
 def test_a_padded_forward_of_one_rank_begins_with_its_rows() -> None:

@@ -13,6 +13,7 @@ All of it is called on the scheduler's thread, with the forward's stream as the 
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ import torch
 from expert_lens import graphs
 from expert_lens.engines.sglang.layout import Layout, eager_rows, graph_rows
 from expert_lens.engines.sglang.requests import Requests
-from expert_lens.engines.sglang.static import StaticExperts
+from expert_lens.engines.sglang.static import StaticExperts, silence
 from expert_lens.errors import EngineHookError
 from expert_lens.graphs import GraphStep, ReplayRows
 from expert_lens.tap import Rows, Step, Tap, sent
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from expert_lens.types import Span
 
 __all__ = ["Capturer"]
+
+log = logging.getLogger(__name__)
 
 
 class Capturer:
@@ -66,6 +69,8 @@ class Capturer:
         """The decode graph that is just being captured."""
         self._recording = _Layers(tap)
         """Of another graph that is just being captured."""
+        self._has_warned = False
+        """Of forwards whose rows cannot be told apart."""
 
     # ---- what SGLang calls ----
 
@@ -82,7 +87,8 @@ class Capturer:
         if ids.shape[1] != self.tap.top_k:
             ids = ids[:, : self.tap.top_k]
         if torch.compiler.is_compiling():  # nothing may be asked here that changes: it would be compiled anew
-            self._static.write(slot, ids)
+            if self._layout.attn_dp_size == 1:
+                self._static.write(slot, ids)
         elif not self.tap.active:
             return
         elif self._decode_graph is not None:
@@ -247,12 +253,12 @@ class Capturer:
         return ReplayRows(spans, len(spans))
 
     def _record_static(self, slot: int, ids: torch.Tensor) -> None:
-        """Record, in a graph of prompts that is being captured, what the forward's end is to find."""
+        """Record, in a graph of prompts that is being captured, what the forward's end is to find.
+
+        Not with data-parallel attention, where it would have to be known which of the rows are this rank's.
+        """
         if self._layout.attn_dp_size > 1:
-            raise EngineHookError(
-                "graphs of prompts with data-parallel attention, whose rows expert_lens cannot tell apart yet. Start "
-                "with --disable-prefill-cuda-graph."
-            )
+            return
         if (step := self._recording.add(slot, ids)) is not None:
             self._static.record(step)
 
@@ -263,8 +269,23 @@ class Capturer:
         if mode not in ("DECODE", "EXTEND", "MIXED", "TARGET_VERIFY") or not _is_told(batch):
             self.tap.lose(batch.out_cache_loc.shape[0])
             return
+        if step is None and self._layout.attn_dp_size > 1:
+            if not self._has_warned:
+                self._has_warned = True
+                log.warning(
+                    "expert_lens: a forward in mode %s ran in a graph or in compiled code, where the rows of %d "
+                    "data-parallel ranks cannot be told apart yet; the rows of such forwards count as dropped. Start "
+                    "with --disable-prefill-cuda-graph, and without --enable-torch-compile.",
+                    mode,
+                    self._layout.attn_dp_size,
+                )
+            self.tap.lose(batch.out_cache_loc.shape[0])
+            return
         if mode == "TARGET_VERIFY":
             num_rows = len(batch.rids) * int(batch.spec_info.draft_token_num)
+            if len(batch.positions) < num_rows:  # requests have fewer drafted tokens than others, or none
+                self.tap.lose(batch.out_cache_loc.shape[0])
+                return
             experts, positions = self._experts(batch, step, num_rows)
             self._drafted = _Drafted(batch, experts, positions, batch.out_cache_loc[:num_rows])
             return
@@ -295,7 +316,7 @@ class Capturer:
             experts, _ = self.tap.pack(step, len(first))
             experts = experts[begin : begin + num_rows]
         else:
-            experts, there = self._static.take(num_rows)
+            experts, there = self._static.take(num_rows, batch.forward_mode.name)
             if len(experts) == num_rows:
                 positions = torch.where(there, positions, -1)
         if len(experts) != num_rows or len(positions) != num_rows:
@@ -360,6 +381,11 @@ class _Layers:
         self._step = None
         return step
 
+    def unfinished(self) -> Step | None:
+        """What was handed over of a forward whose last layer has handed over nothing."""
+        step, self._step = self._step, None
+        return step
+
 
 class _DecodeGraph:
     """A decode graph while it is captured, of `size` requests."""
@@ -387,7 +413,12 @@ class _DecodeGraph:
             self._static.record(step)
 
     def end(self) -> None:
-        """The forward is over: record its publishing, if it was one that is captured."""
+        """The forward is over: record its publishing, if it was one that is captured.
+
+        Raises SilentTapError if some layers have handed over their ids, and the last one has not.
+        """
+        if (unfinished := self._layers.unfinished()) is not None:
+            raise silence(self._tap.silent_layers(unfinished), "a forward that was captured in a decode graph")
         step, self._step = self._step, None
         if step is None:
             return

@@ -120,14 +120,15 @@ def graph_rows(num_ids: int, num_rows: int, layout: Layout) -> slice:
 def eager_rows(num_ids: int, num_padded: int, counts: Sequence[int] | None, layout: Layout) -> int:
     """In an eager forward: the first of this process's rows among the `num_ids` that a MoE layer sees.
 
-    `num_padded`: tokens that the forward ran over here; `counts`: of each data-parallel rank, if there are several.
+    `num_padded`: tokens that the forward ran over here; `counts`: of each data-parallel rank, or where each routes its
+    own of this one alone, if there are several.
 
     Raises EngineHookError for another number.
     """
     if layout.attn_dp_size == 1:
         return 0
-    if counts is not None and num_ids == sum(counts):
+    if counts is not None and len(counts) == layout.attn_dp_size and num_ids == sum(counts):
         return sum(counts[: layout.attn_dp_rank])
-    if num_ids == num_padded:
+    if num_ids == num_padded or (counts is not None and [num_ids] == list(counts)):
         return 0
     raise EngineHookError(f"a MoE layer saw {num_ids} tokens in a forward of {num_padded}, of ranks with {counts}")

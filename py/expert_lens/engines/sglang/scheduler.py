@@ -69,7 +69,10 @@ class SchedulerHooks:
             return
         facts = model.facts(runner)
         if not facts["layers"]:
-            raise NotMoEError(f"{facts['model']} has no layer that routes tokens to experts")
+            raise NotMoEError(
+                f"{facts['model']} has no layer that chooses experts by SGLang's TopK: it is dense, or routes in a way "
+                "of its own, which expert_lens does not know yet"
+            )
         options = dict(self._options)
         name = options.pop("name") or f"sglang-{os.getppid()}"
         writer = Writer(name, rank=rank, other_stages=layout.pp_size - 1, **facts, **options)

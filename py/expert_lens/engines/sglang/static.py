@@ -7,7 +7,16 @@ import torch
 from expert_lens.errors import SilentTapError
 from expert_lens.tap import Step, Tap
 
-__all__ = ["StaticExperts"]
+__all__ = ["StaticExperts", "silence"]
+
+
+def silence(layers: tuple[int, ...], where: str) -> SilentTapError:
+    """The error about layers that have handed over nothing in `where`."""
+    return SilentTapError(
+        f"layers {layers} handed over no experts in {where}: SGLang chooses them where its capturer does not see it, a "
+        "fused kernel, say. Try another --moe-runner-backend, such as triton.",
+        layers,
+    )
 
 
 class StaticExperts:
@@ -16,7 +25,8 @@ class StaticExperts:
     def __init__(self, tap: Tap, max_rows: int, device: torch.device | str) -> None:
         self._tap = tap
         self._ids = torch.full((max_rows, len(tap.layers), tap.top_k), -1, dtype=torch.int32, device=device)
-        self._checked = False
+        self._checked: set[str] = set()
+        """Modes of forwards of which one was looked at."""
 
     def write(self, slot: int, ids: torch.Tensor) -> None:
         """Copy one layer's ids [n, K], as a part of code that is being compiled."""
@@ -30,28 +40,25 @@ class StaticExperts:
         self._tap.check_shape(step, num_rows)
         self._ids[:num_rows].copy_(torch.stack(step.experts, dim=1))  # type: ignore[arg-type]
 
-    def take(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def take(self, num_rows: int, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
         """What the forward that is enqueued writes: packed experts [n, L, K], and bool [n], whether a row is there.
 
         The buffer is empty behind it, so that a forward that writes nothing gives no rows of this one.
 
-        Raises SilentTapError for the first one, if a layer has written nothing; later on such rows are not there.
+        Raises SilentTapError for the first one of its mode, if a layer has written nothing; of later ones such rows are
+        not there.
         """
         ids = self._ids[:num_rows]
         there = (ids >= 0).flatten(1).all(dim=1)
-        if not self._checked:
-            self._check(ids, num_rows)
+        if mode not in self._checked:
+            self._check(ids, num_rows, mode)
         experts = ids.to(torch.uint8 if self._tap.num_experts <= 256 else torch.int16)
         self._ids.fill_(-1)
         return experts, there
 
-    def _check(self, ids: torch.Tensor, num_rows: int) -> None:
+    def _check(self, ids: torch.Tensor, num_rows: int, mode: str) -> None:
         missing = (ids < 0).any(dim=2).any(dim=0).tolist() if len(ids) == num_rows else [True] * len(self._tap.layers)
         if any(missing):
             layers = tuple(layer for layer, none in zip(self._tap.layers, missing, strict=True) if none)
-            raise SilentTapError(
-                f"layers {layers} handed over no experts in a forward of {num_rows} tokens: SGLang chooses them where "
-                "its capturer does not see it, a fused kernel, say. Try another --moe-runner-backend, such as triton.",
-                layers,
-            )
-        self._checked = True
+            raise silence(layers, f"a forward in mode {mode} of {num_rows} tokens")
+        self._checked.add(mode)
