@@ -247,22 +247,59 @@ def spy(what: str, options: dict[str, Any]) -> None:
     )
 
 
+class Single(NamedTuple):
+    """A request that ran alone, and what SGLang's own capture gave of it."""
+
+    prompt: list[int]
+    output: list[int]
+    rows: Any
+
+
+SINGLY = {"max_new_tokens": 60, "ignore_eos": True, "temperature": 0.0}
+
+
+def without_us(options: dict[str, Any]) -> list[Single]:
+    """Requests one after another through an engine that was not enabled; the last one begins as one before."""
+    engine, shape = start(options)
+    waves = Waves(engine, shape)
+    prompts = [waves.new(length) for length in (3, 40, 700, 2500, 17)]
+    singles = []
+    for prompt in [*prompts, prompts[2] + waves.new(30)]:
+        result = engine.generate(input_ids=prompt, sampling_params=SINGLY, return_routed_experts=True)
+        singles.append(Single(prompt, result["output_ids"], shape.rows(result["meta_info"]["routed_experts"])))
+    engine.shutdown()
+    return singles
+
+
+def with_the_lens_alone(options: dict[str, Any]) -> dict[str, Any]:
+    """The same requests through an engine without us, and through one with the lens and without SGLang's own capture.
+
+    Gives how many ids and outputs are different.
+    """
+    singles = without_us(options)
+    expert_lens.enable()
+    engine, _ = start({**options, "enable_return_routed_experts": False})
+    lens = expert_lens.attach(engine)
+    found: dict[str, Any] = {"ids": 0, "different": 0, "outputs_differ": 0}
+    for prompt, output, rows in singles:
+        result = engine.generate(input_ids=prompt, sampling_params=SINGLY)
+        ours = lens.routed_experts(result["meta_info"]["id"])
+        found["ids"] += ours.size
+        found["different"] += int((ours != rows).sum())
+        found["outputs_differ"] += result["output_ids"] != output
+    found.update(told(lens))
+    lens.close()
+    engine.shutdown()
+    return found
+
+
 def alone(options: dict[str, Any]) -> dict[str, Any]:
     """Single requests, one after another, with SGLang's own capture off and its graphs off: what the lens has of each
     beside what the MoE kernel consumed; and, by an engine of its own, what SGLang's capture gives (see `compare`).
     """
-    lengths = (3, 40, 700, 2500, 17)
     quiet = {"disable_cuda_graph": True, "disable_radix_cache": True, **options}
-    chosen = {"max_new_tokens": 60, "ignore_eos": True, "temperature": 0.0}
     found: dict[str, Any] = {"ids": 0, "not_as_consumed": 0, "not_as_native": 0, "outputs_differ": 0}
-
-    engine, shape = start(quiet)
-    waves, native = Waves(engine, shape), []
-    for length in lengths:
-        prompt = waves.new(length)
-        result = engine.generate(input_ids=prompt, sampling_params=chosen, return_routed_experts=True)
-        native.append((prompt, result["output_ids"], shape.rows(result["meta_info"]["routed_experts"])))
-    engine.shutdown()
+    singles = without_us(quiet)
 
     file = tempfile.mktemp()
     stages = [Path(f"{file}.{stage}") for stage in range(options.get("pp_size", 1))]
@@ -270,10 +307,10 @@ def alone(options: dict[str, Any]) -> dict[str, Any]:
     expert_lens.enable()
     engine, _ = start({**quiet, "enable_return_routed_experts": False})
     lens = expert_lens.attach(engine)
-    for prompt, output, rows in native:
+    for prompt, output, rows in singles:
         for written in stages:
             written.write_bytes(b"")
-        result = engine.generate(input_ids=prompt, sampling_params=chosen)
+        result = engine.generate(input_ids=prompt, sampling_params=SINGLY)
         ours = lens.routed_experts(result["meta_info"]["id"])
         time.sleep(0.5)  # a step that overlapped the end
         consumed = np.concatenate([read_consumed(written)[: len(ours)] for written in stages], axis=1)
@@ -424,7 +461,7 @@ def off(options: dict[str, Any]) -> dict[str, Any]:
     return {"message": message, "captures": expert_lens.captures()}
 
 
-JOBS = {job.__name__: job for job in (check, alone, control, abort, server, off, timing)}
+JOBS = {job.__name__: job for job in (check, alone, with_the_lens_alone, control, abort, server, off, timing)}
 
 if __name__ == "__main__":
     began = time.monotonic()

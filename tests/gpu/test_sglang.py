@@ -132,6 +132,14 @@ def test_rows_are_what_the_moe_kernel_consumed(stages: int) -> None:
     assert (found["not_as_consumed"], found["outputs_differ"], found["not_as_native"]) == (0, 0, 0)
 
 
+def test_an_engine_with_the_lens_alone_gives_what_one_without_it_gives() -> None:
+    """Outputs; and rows, of decode graphs and from the radix cache, as SGLang's capture gave them in another engine."""
+    found, _ = run("with_the_lens_alone")
+    assert found["ids"] > 1_000_000
+    assert (found["different"], found["outputs_differ"], found["dropped_tokens"]) == (0, 0, 0)
+    assert (found["publisher"], found["failure"]) == ("graph", None)
+
+
 def test_one_altered_id_is_found() -> None:
     found, _ = run("control", {"disable_radix_cache": True})
     assert (found["different"], found["missing"]) == (1, 0)
