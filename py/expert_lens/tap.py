@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 
 from expert_lens._core import exchange_capture_mode
-from expert_lens.errors import UnsupportedModelError
+from expert_lens.errors import CudaError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from expert_lens._core import Mailbox, Writer
@@ -208,6 +208,15 @@ class Tap:
         """Who takes this one out may use the writer, and puts it back. `list.pop` is atomic, as a lock is, and touches
         less when nothing of either is in the processor's caches."""
         _taps.add(self)
+
+    def prepare(self, device: int) -> None:
+        """Make the arena known to a CUDA device, before the first step has to: `Writer.prepare`.
+
+        Raises what that raises.
+        """
+        self.writer.prepare(device)
+        with contextlib.suppress(CudaError):  # what is left to another thread is lost then, and counted
+            self._late[device] = torch.cuda.ExternalStream(self.writer.stream(device), device)  # type: ignore[no-untyped-call]
 
     def begin(self) -> Step | None:
         """Start to hold a forward of this thread; None if the capture is off. A forward left behind is dropped."""
@@ -505,7 +514,7 @@ class Tap:
         """State where in the engine's cache the beginnings of requests stand: `Writer.publish_prefix`.
 
         `kv_slots`: int32 [n] on a GPU, computed on the current stream. It is left out, and those rows are missing, if
-        too many steps wait already.
+        another thread is just publishing and too many steps wait for it already, or the device was not prepared.
         """
         if not self.active:
             return
@@ -583,8 +592,6 @@ class Tap:
         """Have the GPU publish: the tensors are known to `stream`, so their memory outlives the copies there."""
         self.set_batch(rows.spans)
         positions, device = rows.positions, experts.get_device()
-        if device not in self._late:
-            self._late[device] = torch.cuda.ExternalStream(self.writer.stream(device), device)  # type: ignore[no-untyped-call]
         self.writer.publish_device(
             experts.data_ptr(),
             len(experts),

@@ -99,12 +99,14 @@ class Engine:
     def experts(self, rows: int) -> torch.Tensor:
         return torch.tensor(self.rng.integers(0, EXPERTS, (rows, len(LAYERS), TOP_K)), dtype=torch.int32)
 
-    def forward(self, batch: Any, experts: torch.Tensor | None, layers: list[int] | None = None) -> Any:
+    def forward(
+        self, batch: Any, experts: torch.Tensor | None, layers: list[int] | None = None, *, in_graph: bool = False
+    ) -> Any:
         """One forward; `experts` None: without Python."""
         self.capturer.begin(batch)
         if experts is not None:
             self.hand_over(experts, layers or LAYERS)
-        return self.capturer.on_forward_end(batch, can_run_graph=False, cuda_graph_batch=None, no_copy_to_cpu=True)
+        return self.capturer.on_forward_end(batch, can_run_graph=in_graph, cuda_graph_batch=None, no_copy_to_cpu=True)
 
     def hand_over(self, experts: torch.Tensor, layers: list[int]) -> None:
         for layer in layers:
@@ -386,7 +388,7 @@ def test_rows_of_data_parallel_ranks_that_cannot_be_told_apart_count_as_dropped(
             patch.setattr(torch.compiler, "is_compiling", lambda how=how: how == "compiled")
             engine.hand_over(engine.experts(9), LAYERS)
         capturing.on = False
-        engine.forward(engine.batch("EXTEND", ["a"], [0], [2], **counts), None)
+        engine.forward(engine.batch("EXTEND", ["a"], [0], [2], **counts), None, in_graph=True)
     experts = engine.experts(9)
     engine.forward(engine.batch("EXTEND", ["b"], [0], [2], **counts), experts)
     np.testing.assert_array_equal(engine.rows("b")["experts"], experts[4:6].numpy())
@@ -396,6 +398,54 @@ def test_rows_of_data_parallel_ranks_that_cannot_be_told_apart_count_as_dropped(
     assert engine.tap.error is None
     engine.collector.close()
     engine.tap.close()
+
+
+@pytest.mark.usefixtures("capturing")
+def test_a_data_parallel_rank_whose_layers_are_silent_ends_the_capture() -> None:
+    engine = Engine(Layout(1, 0, 1, 0, 3, 1, 1, 0))
+    with pytest.warns(RuntimeWarning, match=r"layers \(1, 2, 5\) handed over no experts in a forward in mode EXTEND"):
+        engine.forward(engine.batch("EXTEND", ["a"], [0], [2], global_num_tokens_cpu=[4, 2, 3]), None)
+    engine.collector.close()
+    engine.tap.close()
+
+
+def test_a_data_parallel_rank_has_its_own_rows_of_graphs_that_verify(
+    capturing: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their rows are cut out while they are captured; what was recorded runs at once here, as in a replay."""
+    engine = Engine(Layout(1, 0, 1, 0, 2, 1, 1, 0))
+    engine.forward(engine.batch("EXTEND", ["a"], [0], [2], global_num_tokens_cpu=[2, 2]), engine.experts(4))
+    runner = DecodeCapture(engine, monkeypatch)
+    runner.capture_forward_mode = Mode(name="TARGET_VERIFY")
+    runner.num_tokens_per_bs = 4
+    drafted = engine.experts(8)
+    more = {"spec_info": SimpleNamespace(draft_token_num=4), "global_num_tokens_cpu": [4, 4]}
+    batch = engine.batch("TARGET_VERIFY", ["a"], [2], [4], **more)
+    batch.positions = torch.tensor([2, 3, 3, 4])
+    engine.capturer.begin(batch)
+    with engine.capturer.capturing(runner, 1, runner.forward):
+        capturing.on = True
+        engine.hand_over(drafted, LAYERS)
+    capturing.on = False
+    engine.capturer.on_forward_end(batch, can_run_graph=True, cuda_graph_batch=1)
+    engine.capturer.accept(torch.tensor([[0, 2]], dtype=torch.int32))
+    np.testing.assert_array_equal(engine.rows("a")["experts"][2:], drafted[[4, 6]].numpy())
+    assert (engine.collector.stats()["dropped_tokens"], engine.tap.error) == (0, None)
+    engine.collector.close()
+    engine.tap.close()
+
+
+def test_rows_that_are_lost_are_not_the_next_forwards(engine: Engine, capturing: SimpleNamespace) -> None:
+    """A graph that ran for a beam search has left its rows; the forward behind it leaves none."""
+    batch = engine.batch("EXTEND", ["a"], [0], [4], batch_size=3)
+    engine.capturer.begin(batch)
+    capturing.on = True
+    engine.hand_over(engine.experts(4), LAYERS)
+    capturing.on = False
+    engine.capturer.on_forward_end(batch, can_run_graph=True, cuda_graph_batch=4)
+    with pytest.warns(RuntimeWarning, match="handed over no experts in a forward in mode DECODE"):
+        engine.forward(engine.batch("DECODE", ["b"], [4], [1]), None)
+    assert engine.rows("b") is None
 
 
 def test_drafted_tokens_of_unlike_number_count_as_dropped(engine: Engine) -> None:

@@ -102,8 +102,11 @@ def test_behind_a_draft_models_runner_the_targets_capturer_stands_again(
     assert put == [hooks._capturer]
 
 
-def test_what_cannot_be_captured_is_told_and_serving_goes_on(hooks: Any, caplog: pytest.LogCaptureFixture) -> None:
-    hooks.after_init(None, SimpleNamespace(is_draft_worker=False))  # no SGLang here at all
+def test_what_cannot_be_captured_is_told_and_serving_goes_on(
+    hooks: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sglang", None)
+    hooks.after_init(None, SimpleNamespace(is_draft_worker=False))
     [record] = caplog.records
     assert record.getMessage().startswith("expert_lens captures nothing: ModuleNotFoundError")
 

@@ -3,6 +3,8 @@
 import gc
 import itertools
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,16 +40,30 @@ def make_model(family: str = "qwen3_moe", **changes: Any) -> Any:
     return model
 
 
-def check_outputs(mode: str, results: dict[str, Any], others: dict[str, Any]) -> None:
-    """That each request has the tokens that it had before.
+Tokens = list[list[int]]
 
-    Of asynchronous batching only as many: on a busy GPU that of transformers 5.17 gives other tokens in 2 runs of 100,
-    from the first one on, with nothing attached.
+
+def tokens_of(results: dict[str, Any]) -> Tokens:
+    return [one.generated_tokens for one in results.values()]
+
+
+def usual_tokens(run: Callable[[], dict[str, Any]]) -> Tokens:
+    """What two of three runs give each request.
+
+    Asynchronous batching of transformers 5.17 gives other tokens in 2 runs of 100 on a busy GPU, from the first one on,
+    with nothing attached.
     """
-    tokens, before = ([one.generated_tokens for one in run.values()] for run in (results, others))
-    assert [len(one) for one in tokens] == [len(one) for one in before]
-    if "asynchronous" not in mode:
-        assert tokens == before
+    first, second = tokens_of(run()), tokens_of(run())
+    if first != second:
+        third = tokens_of(run())
+        assert third in (first, second)
+        return third
+    return first
+
+
+def check_outputs(mode: str, run: Callable[[], dict[str, Any]], usual: Tokens) -> None:
+    """That a run, with asynchronous batching one of three, gives each request the tokens that it usually has."""
+    assert any(tokens_of(run()) == usual for _ in range(3 if "asynchronous" in mode else 1))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -113,17 +129,17 @@ def test_graphs_that_were_captured_before_attaching_are_captured_anew(mode: str,
         options = {"continuous_batching_config": config, "persistent_manager": True, "max_new_tokens": 12}
         return dict(generate_batch(model, PROMPTS, **options))
 
-    before = run()
+    before = usual_tokens(run)
     for _ in range(2):  # the second capture finds the graphs of the first
         capture = attach(model)
         with GraphOracle(model).watching() as truth:
             results = run()
         check_batches(capture, truth.rows(), results)
-        check_outputs(mode, results, before)
+        check_outputs(mode, run, before)
         assert truth.num_replays > 5
         assert capture.tap.writer.publisher == "graph"
         capture.tap.close()
-        check_outputs(mode, run(), before)
+        check_outputs(mode, run, before)
     model.destroy_cached_continuous_batching_manager()
 
 
@@ -147,15 +163,19 @@ def test_a_capture_may_be_closed_while_the_engine_runs(mode: str, attach: Attach
     model = make_model()
     config = small_batches(max_batch_tokens=32, num_blocks=512, **MODES[mode])
     options = {"continuous_batching_config": config, "max_new_tokens": 150}
-    alone = generate_batch(model, PROMPTS, **options)
-    for turn in range(4):
+    alone = usual_tokens(lambda: dict(generate_batch(model, PROMPTS, **options)))
+
+    def run(turn: int) -> dict[str, Any]:
         capture = attach(model)
         closing = threading.Timer(0.1 + 0.15 * turn, capture.tap.close)
         closing.start()
         results = generate_batch(model, PROMPTS, **options)
         closing.join()
         assert capture.tap.error is None
-        check_outputs(mode, results, alone)
+        return dict(results)
+
+    for turn in range(4):
+        check_outputs(mode, partial(run, turn), alone)
         gc.collect()
         torch.cuda.synchronize()
 

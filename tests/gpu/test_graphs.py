@@ -451,6 +451,7 @@ def test_rows_are_there_while_the_forward_goes_on(monkeypatch: pytest.MonkeyPatc
     block: Any = stream.take(8, 10.0)
     assert len(block["steps"]) == 8
     assert not forward.stream.query(), "the forward is over"
+    forward.stream.synchronize()
 
 
 def test_a_step_that_was_left_does_not_become_part_of_a_graph(taps: list[Tap]) -> None:
@@ -466,6 +467,7 @@ def test_a_step_that_was_left_does_not_become_part_of_a_graph(taps: list[Tap]) -
         tap.publish(experts, None, Rows([(1, "a", 0, 4, 0, "decode")], positions, None))
 
     blocks: list[Any] = []
+    tap.prepare(0)
     with torch.cuda.stream(stream):
         publish(0)
         blocks.append(reading.take(4, 10.0))

@@ -69,6 +69,8 @@ class Capturer:
         """The decode graph that is just being captured."""
         self._recording = _Layers(tap)
         """Of another graph that is just being captured."""
+        self._serves = False
+        """Whether the first prompt has come."""
         self._has_warned = False
         """Of forwards whose rows cannot be told apart."""
 
@@ -111,7 +113,9 @@ class Capturer:
             step = self.tap.end() if self._begun else None
             self._begun = False
             if self.tap.active:
-                self.tap.guard(self._publish, batch, step)
+                self.tap.guard(self._publish, batch, step, can_run_graph)
+                if step is None:  # be its rows published or lost: they are none of the next forward's
+                    self.tap.guard(self._static.empty)
         if self.native is None:
             return None
         return self.native.on_forward_end(
@@ -152,6 +156,9 @@ class Capturer:
             self.tap.fail(error)
 
     def _begin_prompts(self, batch: Any) -> None:
+        if not self._serves:  # what was compiled or captured has run, for nobody
+            self._serves = True
+            self._static.empty()
         if self._drafted is not None:  # nobody has judged them
             self.tap.lose(len(self._drafted.experts))
             self._drafted = None
@@ -262,24 +269,17 @@ class Capturer:
         if (step := self._recording.add(slot, ids)) is not None:
             self._static.record(step)
 
-    def _publish(self, batch: Any, step: Step | None) -> None:
+    def _publish(self, batch: Any, step: Step | None, in_graph: bool) -> None:
         mode = batch.forward_mode.name
         if mode == "IDLE" or not batch.batch_size:
             return
         if mode not in ("DECODE", "EXTEND", "MIXED", "TARGET_VERIFY") or not _is_told(batch):
             self.tap.lose(batch.out_cache_loc.shape[0])
             return
-        if step is None and self._layout.attn_dp_size > 1:
-            if not self._has_warned:
-                self._has_warned = True
-                log.warning(
-                    "expert_lens: a forward in mode %s ran in a graph or in compiled code, where the rows of %d "
-                    "data-parallel ranks cannot be told apart yet; the rows of such forwards count as dropped. Start "
-                    "with --disable-prefill-cuda-graph, and without --enable-torch-compile.",
-                    mode,
-                    self._layout.attn_dp_size,
-                )
-            self.tap.lose(batch.out_cache_loc.shape[0])
+        if step is None and self._layout.attn_dp_size > 1 and mode not in self._static.cut_modes:
+            if not in_graph:
+                raise silence(self.tap.layers, f"a forward in mode {mode} that ran in no graph")
+            self._lose_mixed(batch)
             return
         if mode == "TARGET_VERIFY":
             num_rows = len(batch.rids) * int(batch.spec_info.draft_token_num)
@@ -295,6 +295,19 @@ class Capturer:
         num_rows = spans[-1][2] + spans[-1][3]  # what is behind them pads
         experts, positions = self._experts(batch, step, num_rows)
         self._publish_rows(experts, spans, positions, batch.input_ids[:num_rows], batch.out_cache_loc[:num_rows])
+
+    def _lose_mixed(self, batch: Any) -> None:
+        """Count the rows of a forward that nobody can tell from other data-parallel ranks' as dropped."""
+        if not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "expert_lens: a forward in mode %s ran in a graph or in compiled code, where the rows of %d "
+                "data-parallel ranks cannot be told apart yet; the rows of such forwards count as dropped. Start "
+                "with --disable-prefill-cuda-graph, and without --enable-torch-compile.",
+                batch.forward_mode.name,
+                self._layout.attn_dp_size,
+            )
+        self.tap.lose(batch.out_cache_loc.shape[0])
 
     def _publish_rows(
         self,
@@ -399,6 +412,7 @@ class _DecodeGraph:
         self._layout = layout
         self._slots = slots
         self._static = static
+        self._mode: str = runner.capture_forward_mode.name
         self._publishes = _is_one_graph(runner) and runner.capture_forward_mode.is_decode()
         self._layers = _Layers(tap, marks=self._publishes)
         self._step: Step | None = None
@@ -411,6 +425,7 @@ class _DecodeGraph:
             self._step = step
         elif step is not None:
             self._static.record(step)
+            self._static.cut_modes.add(self._mode)
 
     def end(self) -> None:
         """The forward is over: record its publishing, if it was one that is captured.

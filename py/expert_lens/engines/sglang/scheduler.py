@@ -76,9 +76,9 @@ class SchedulerHooks:
         options = dict(self._options)
         name = options.pop("name") or f"sglang-{os.getppid()}"
         writer = Writer(name, rank=rank, other_stages=layout.pp_size - 1, **facts, **options)
-        if runner.device == "cuda":
-            writer.prepare(runner.gpu_id)
         tap = Tap(writer, layers=facts["layers"], num_experts=facts["num_experts"], top_k=facts["top_k"])
+        if runner.device == "cuda":
+            tap.prepare(runner.gpu_id)
         self._capturer = Capturer(
             runner,
             self._get(),

@@ -25,6 +25,8 @@ class StaticExperts:
     def __init__(self, tap: Tap, max_rows: int, device: torch.device | str) -> None:
         self._tap = tap
         self._ids = torch.full((max_rows, len(tap.layers), tap.top_k), -1, dtype=torch.int32, device=device)
+        self.cut_modes: set[str] = set()
+        """Modes of forwards whose graphs write the rows of this data-parallel rank alone."""
         self._checked: set[str] = set()
         """Modes of forwards of which one was looked at."""
 
@@ -43,8 +45,6 @@ class StaticExperts:
     def take(self, num_rows: int, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
         """What the forward that is enqueued writes: packed experts [n, L, K], and bool [n], whether a row is there.
 
-        The buffer is empty behind it, so that a forward that writes nothing gives no rows of this one.
-
         Raises SilentTapError for the first one of its mode, if a layer has written nothing; of later ones such rows are
         not there.
         """
@@ -52,9 +52,11 @@ class StaticExperts:
         there = (ids >= 0).flatten(1).all(dim=1)
         if mode not in self._checked:
             self._check(ids, num_rows, mode)
-        experts = ids.to(torch.uint8 if self._tap.num_experts <= 256 else torch.int16)
+        return ids.to(torch.uint8 if self._tap.num_experts <= 256 else torch.int16), there
+
+    def empty(self) -> None:
+        """Take out what was written, so that a forward that writes nothing gives no rows of the one before."""
         self._ids.fill_(-1)
-        return experts, there
 
     def _check(self, ids: torch.Tensor, num_rows: int, mode: str) -> None:
         missing = (ids < 0).any(dim=2).any(dim=0).tolist() if len(ids) == num_rows else [True] * len(self._tap.layers)

@@ -109,7 +109,7 @@ class TransformersTap:
         self._patches: list[Patch] = []
         try:
             if model.device.type == "cuda":
-                self.writer.prepare(model.device.index)
+                self._tap.prepare(model.device.index)
             self._hold_on(model, routed)
         except BaseException:
             self.close()

@@ -142,8 +142,6 @@ class ContinuousBatches:
         """
         known, _ = self._find(model, inputs["cache"])
         tokens, positions = inputs["input_ids"], inputs["position_ids"]
-        if known.recorded is not None:
-            known.recorded.give_up()
         known.recorded = record(self._tap, step, tokens.shape[1], token_ids=tokens, positions=positions)
 
     def _rows(self, known: _Manager, processor: Any, tokens: Any) -> Rows | None:

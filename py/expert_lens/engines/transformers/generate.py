@@ -63,6 +63,7 @@ class _Done:
 
     def __init__(self) -> None:
         self._host: torch.Tensor | None = None
+        self._device: torch.device | None = None
         self._pending: torch.Tensor | None = None
 
     def tell(self, done: torch.Tensor) -> None:
@@ -73,6 +74,7 @@ class _Done:
         if self._host is None or len(self._host) != len(done):
             with relaxed_capture():
                 self._host = torch.empty(len(done), dtype=torch.uint8, pin_memory=True)
+        self._device = done.device
         self._host.fill_(self.NOT_COME)
         self._host.view(torch.bool).copy_(done, non_blocking=True)
         self._pending = self._host
@@ -84,7 +86,8 @@ class _Done:
             return None
         answer = done.tolist()
         if self.NOT_COME in answer:  # an engine that does not wait, after all
-            torch.cuda.synchronize()
+            # The stream alone: to synchronise a device would end a graph's capture in another thread.
+            torch.cuda.current_stream(self._device).synchronize()
             answer = done.tolist()
         return [bool(one) for one in answer]
 

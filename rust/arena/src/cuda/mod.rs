@@ -96,6 +96,9 @@ struct Device {
     by_event: bool,
 }
 
+/// Our streams, by device: see [`Pinned::stream`].
+static STREAMS: Mutex<Vec<(c_int, usize)>> = Mutex::new(Vec::new());
+
 /// An arena's mapping, pinned, and the devices that publish into it.
 pub(crate) struct Pinned {
     driver: &'static Driver,
@@ -106,7 +109,7 @@ pub(crate) struct Pinned {
     /// How records were published so far; once a graph has, this says so.
     used: Option<Way>,
     /// Of each record that the driver refused part of, which will never land: an event behind what its stream was given of
-    /// it, if the driver granted that.
+    /// it. None if the driver refused that too, or if the record may land after all.
     refused: Vec<Option<Event>>,
 }
 
@@ -149,7 +152,6 @@ impl Pinned {
     /// A raw stream of our own on a device: one for all arenas, and for as long as the process runs, since whoever was told
     /// that some memory is used on it may look at it once more when he gives that memory back.
     pub fn stream(&mut self, ordinal: i32) -> Result<u64> {
-        static STREAMS: Mutex<Vec<(c_int, usize)>> = Mutex::new(Vec::new());
         let at = self.device(ordinal)?;
         let Device { device, context, .. } = self.devices[at];
         let mut streams = STREAMS.lock().unwrap_or_else(PoisonError::into_inner);
@@ -200,12 +202,16 @@ impl Pinned {
         let of = self.device(ordinal)?;
         let Device { device, context, .. } = self.devices[of];
         let _entered = self.driver.enter(context)?;
-        let stream = stream as Handle;
-        let said = self.watcher().and_then(|watcher| watcher.watch(stream, device, at, value, Some(instead_of)));
-        self.noted(said, device, stream)
+        let said =
+            self.watcher().and_then(|watcher| watcher.watch(stream as Handle, device, at, value, Some(instead_of)));
+        if said.is_err() {
+            // The graph may publish it or not, so that it cannot be told which record is still on its way.
+            self.refused.push(None);
+        }
+        said
     }
 
-    /// What the driver said of a record on that stream, noted; the device's context is current.
+    /// What the driver said of a record on that stream, which lands no more if it refused; the device's context is current.
     fn noted(&mut self, said: Result<()>, device: c_int, stream: Handle) -> Result<()> {
         if said.is_err() {
             let event = Event::create(self.driver, device).and_then(|event| event.record(stream).map(|()| event));
@@ -317,6 +323,8 @@ impl Drop for Pinned {
             };
             let _ = driver.within(device.context, unpin);
         }
+        let mut streams = STREAMS.lock().unwrap_or_else(PoisonError::into_inner);
+        streams.retain(|&(device, _)| self.devices.iter().all(|one| one.device != device || driver.is_active(device)));
         for device in &self.devices {
             // SAFETY: retained in `add`, once for each entry. A reset does not release it (CUDA driver API, "Primary Context
             // Management", `cuDevicePrimaryCtxReset`).
