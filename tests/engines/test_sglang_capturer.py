@@ -388,6 +388,7 @@ def test_rows_of_data_parallel_ranks_that_cannot_be_told_apart_count_as_dropped(
             patch.setattr(torch.compiler, "is_compiling", lambda how=how: how == "compiled")
             engine.hand_over(engine.experts(9), LAYERS)
         capturing.on = False
+        assert (engine.capturer._static._ids == -1).all()
         engine.forward(engine.batch("EXTEND", ["a"], [0], [2], **counts), None, in_graph=True)
     experts = engine.experts(9)
     engine.forward(engine.batch("EXTEND", ["b"], [0], [2], **counts), experts)
@@ -453,8 +454,8 @@ def test_drafted_tokens_of_unlike_number_count_as_dropped(engine: Engine) -> Non
     engine.forward(batch, engine.experts(3))
     engine.capturer.accept(torch.tensor([[0, -1], [1, 2]]))
     engine.forward(engine.batch("EXTEND", ["c"], [0], [2]), engine.experts(2))
-    stats = engine.collector.stats()
     assert engine.rows("c") is not None
+    stats = engine.collector.stats()
     assert (stats["tokens"], stats["dropped_tokens"], engine.tap.error) == (2, 3, None)
 
 
