@@ -342,6 +342,42 @@ def test_without_a_compiler_the_stream_publishes(monkeypatch: pytest.MonkeyPatch
     assert tap.error is None
 
 
+def test_an_error_while_kernels_are_recorded_does_not_spoil_the_capture(
+    monkeypatch: pytest.MonkeyPatch, taps: list[Tap]
+) -> None:
+    tap = make_tap("spoilt")
+    taps.append(tap)
+    publish_rows: Any = kernels.publish_rows
+
+    class BreaksInCapture:
+        def __getitem__(self, grid: Any) -> Any:
+            def launch(*arguments: Any) -> None:
+                if torch.cuda.is_current_stream_capturing():
+                    raise RuntimeError("a hook of Triton's")
+                publish_rows[grid](*arguments)
+
+            return launch
+
+    x, graph, errors = torch.ones(8, device="cuda"), torch.cuda.CUDAGraph(), []
+    monkeypatch.setenv("EXPERT_LENS_PUBLISHER", GRAPH)
+    monkeypatch.setattr(kernels, "publish_rows", BreaksInCapture())
+    ids = torch.zeros((4, K), dtype=torch.int64, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        step = tap.begin()
+        assert step is not None
+        step.mark_beginning()
+        for slot in range(L):
+            tap.layer(slot, ids)
+        x.mul_(2)
+        try:
+            graphs.record(tap, step, 4, positions=torch.zeros(4, dtype=torch.int64, device="cuda"))
+        except RuntimeError as error:
+            errors.append(str(error))
+    graph.replay()
+    assert (x.sum().item(), errors) == (16, ["a hook of Triton's"])
+
+
 def test_columns_of_another_length_or_type_are_refused(taps: list[Tap]) -> None:
     tap = make_tap("columns", layers=1, top_k=2)
     taps.append(tap)
