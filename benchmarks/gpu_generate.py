@@ -17,8 +17,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -108,8 +109,23 @@ class Turns:
         self.give()
 
 
-class Clock(transformers.StoppingCriteria):
-    """Stops nothing; is asked once a step, notes how long that took, in milliseconds, and lets the others do theirs."""
+class PerStep(transformers.StoppingCriteria):
+    """Stops nothing; is asked once a step."""
+
+    def ended(self) -> None:
+        """A step is over, and the GPU has done it."""
+        raise NotImplementedError
+
+    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """Of no sequence [n] is it said that it is done."""
+        going_on = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        torch.cuda.synchronize()
+        self.ended()
+        return going_on
+
+
+class Clock(PerStep):
+    """Notes how long each step took, in milliseconds, and lets the others do theirs."""
 
     def __init__(self, name: str, turns: Turns) -> None:
         self.steps: list[float] = []
@@ -117,15 +133,12 @@ class Clock(transformers.StoppingCriteria):
         turns.wait(name)
         self._began = time.perf_counter()
 
-    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """Of no sequence [n] is it said that it is done."""
-        going_on = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        torch.cuda.synchronize()
+    def ended(self) -> None:
+        """Its turn is over, and comes again."""
         self.steps.append((time.perf_counter() - self._began) * 1e3)
         self._turns.give()
         self._turns.wait(self._name)
         self._began = time.perf_counter()
-        return going_on
 
 
 def decode(models: dict[str, Any], inputs: dict[str, Any]) -> dict[str, list[float]]:
@@ -195,40 +208,33 @@ def clocked(model: Any) -> Iterator[Share]:
         (generate.GenerateCall, "criteria_called"),
     ]
     left: list[tuple[type, str]] = [(StandIn, "call_original"), (type(model.model.layers[0].mlp.experts), "forward")]
-    before = [(owner, name, owner.__dict__[name]) for owner, name in entered + left]
-    for owner, name in entered:
-        setattr(owner, name, share.ours(getattr(owner, name)))
-    for owner, name in left:
-        setattr(owner, name, share.theirs(getattr(owner, name)))
-    try:
+    with ExitStack() as stack:
+        for owner, name in entered:
+            stack.enter_context(mock.patch.object(owner, name, share.ours(getattr(owner, name))))
+        for owner, name in left:
+            stack.enter_context(mock.patch.object(owner, name, share.theirs(getattr(owner, name))))
         yield share
-    finally:
-        for owner, name, function in before:
-            setattr(owner, name, function)
 
 
-class StepClock(transformers.StoppingCriteria):
-    """Stops nothing; notes how much of each step the lens's code took, in per cent."""
+class ShareClock(PerStep):
+    """Notes how much of each step the lens's code took, in per cent."""
 
     def __init__(self, share: Share) -> None:
         self.steps: list[float] = []
         self._share = share
         self._before = (time.perf_counter_ns(), share.spent)
 
-    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """Of no sequence [n] is it said that it is done."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    def ended(self) -> None:
+        """A step is over."""
         now = (time.perf_counter_ns(), self._share.spent)
         self.steps.append((now[1] - self._before[1]) / (now[0] - self._before[0]) * 100)
         self._before = now
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def measure_share(model: Any, inputs: dict[str, Any]) -> list[float]:
     """How much of each step the lens's code takes of the thread, in per cent."""
     with clocked(model) as share, torch.inference_mode():
-        clock = StepClock(share)
+        clock = ShareClock(share)
         model.generate(**inputs, max_new_tokens=CLOCKED_STEPS, do_sample=False, stopping_criteria=[clock])
     return clock.steps[SKIPPED:]
 

@@ -412,12 +412,9 @@ class Tap:
             write = partial(self._write_device, experts, weights, token_ids, rows, stream)
         else:
             write = partial(self._write, experts, weights, token_ids, rows, next_step)
-        if self._take_turn():
-            try:
-                self.guard(write)
-            finally:
-                self._give_turn()
-        elif at_once or len(self._jobs) >= MAX_WAITING_STEPS:
+        if self._in_turn(write):
+            return
+        if at_once or len(self._jobs) >= MAX_WAITING_STEPS:
             self.lose(len(experts))
         elif not on_device:
             self._submit(write)
@@ -519,12 +516,9 @@ class Tap:
         if not self.active:
             return
         stream = torch.cuda.current_stream(kv_slots.device)
-        if self._take_turn():
-            try:
-                self.guard(self._write_prefix, spans, kv_slots, stream)
-            finally:
-                self._give_turn()
-        elif len(self._jobs) < MAX_WAITING_STEPS and (late := self._late.get(stream.device_index)) is not None:
+        if self._in_turn(self._write_prefix, spans, kv_slots, stream):
+            return
+        if len(self._jobs) < MAX_WAITING_STEPS and (late := self._late.get(stream.device_index)) is not None:
             _follow(late, stream, (kv_slots,))
             self._submit(partial(self._write_prefix, spans, kv_slots, late))
 
@@ -623,6 +617,16 @@ class Tap:
         if self._jobs:
             self._run_jobs()
         return not self._jobs and self._pop_turn()
+
+    def _in_turn(self, work: Callable[..., None], *args: Any) -> bool:
+        """Do it, as `guard` does, and behind what others have left; False if somebody else is publishing."""
+        if not self._take_turn():
+            return False
+        try:
+            self.guard(work, *args)
+        finally:
+            self._give_turn()
+        return True
 
     def _pop_turn(self) -> bool:
         try:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,17 @@ pytestmark = [
 def run(job: str, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], str]:
     """What the job printed last, and its whole log."""
     with tempfile.TemporaryFile("w+", errors="replace") as file:
-        engine = subprocess.Popen(
-            [sys.executable, str(SCRIPT), job, json.dumps(options or {})],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            cwd=SCRIPT.parent,
-            # Engines of other tests may be on one of the GPUs alone.
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"},
-        )
-        try:
-            code = engine.wait(ENGINE_SECONDS)
-        except subprocess.TimeoutExpired:
-            engine.kill()
-            code = engine.wait()
+        code: int | None = None
+        with suppress(subprocess.TimeoutExpired):
+            code = subprocess.run(
+                [sys.executable, str(SCRIPT), job, json.dumps(options or {})],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=ENGINE_SECONDS,
+                cwd=SCRIPT.parent,
+                # Engines of other tests may be on one of the GPUs alone.
+                env={**os.environ, "PYTHONUNBUFFERED": "1", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"},
+            ).returncode
         file.seek(0)
         log = file.read()
     results = [line for line in log.splitlines() if line.startswith('{"')]

@@ -12,6 +12,8 @@ pub(super) type Handle = *mut c_void;
 const LIBRARY: &str = "libcuda.so.1";
 /// CU_STREAM_CAPTURE_MODE_RELAXED: this thread's calls do not end a capture that another thread is making.
 pub(super) const RELAXED: c_uint = 2;
+/// CU_STREAM_NON_BLOCKING
+const STREAM_FLAGS: c_uint = 1;
 
 macro_rules! driver {
     ($($name:ident: $symbol:literal($($argument:ty),*);)*) => {
@@ -108,6 +110,13 @@ impl Driver {
         // SAFETY: places for one value each.
         let status = unsafe { (self.context_state)(device, &mut flags, &mut active) };
         status == 0 && active != 0
+    }
+
+    /// A stream of the current context, which waits for no other.
+    pub fn create_stream(&self) -> Result<Handle> {
+        let mut stream: Handle = std::ptr::null_mut();
+        // SAFETY: a place for one handle.
+        self.check("cuStreamCreate", unsafe { (self.stream_create)(&mut stream, STREAM_FLAGS) }).map(|()| stream)
     }
 
     /// Let this thread's calls end no stream capture until the answer is dropped.

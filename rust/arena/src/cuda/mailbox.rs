@@ -4,8 +4,8 @@
 //! nobody else may choose those. It is our own memory, so that it outlives a context that is reset, and a shared mapping, so
 //! that a fork does not make the device and this process part ways over its pages.
 
+use super::REGISTER_FLAGS;
 use super::driver::{Driver, Handle};
-use super::{REGISTER_FLAGS, STREAM_FLAGS};
 use crate::error::{Error, Result};
 use crate::memory::Mapped;
 use crate::posts::{ENTRIES, ENTRY_WORDS, Post, Posts, words};
@@ -64,7 +64,6 @@ impl Mailbox {
 
     fn allocate(&mut self, table: &[u64]) -> Result<()> {
         let (driver, address) = (self.driver, self.host.address());
-        let mut stream: Handle = std::ptr::null_mut();
         let first = [vec![0; STATE_WORDS], table.to_vec()].concat();
         // SAFETY: places for one value each. The mapping is `HOST_WORDS` words, page-aligned, and stays mapped until `drop`
         // has unregistered it; `first` outlives the copy, which has ended when the stream, ours alone, is synchronised.
@@ -72,7 +71,7 @@ impl Mailbox {
             driver.check("cuMemHostRegister", (driver.register)(address, HOST_WORDS * 8, REGISTER_FLAGS))?;
             driver.check("cuMemHostGetDevicePointer", (driver.device_pointer)(&mut self.host_on_device, address, 0))?;
             driver.check("cuMemAlloc", (driver.device_alloc)(&mut self.state, first.len() * 8))?;
-            driver.check("cuStreamCreate", (driver.stream_create)(&mut stream, STREAM_FLAGS))?;
+            let stream = driver.create_stream()?;
             self.stream = stream as usize;
             let source = first.as_ptr().cast();
             let copied = (driver.copy_to_device)(self.state, source, first.len() * 8, stream);

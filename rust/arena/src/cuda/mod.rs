@@ -37,8 +37,6 @@ const REGISTER_FLAGS: c_uint = 1 | 2;
 const CAN_WRITE_64: c_int = 122;
 /// CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED
 const CAN_REGISTER: c_int = 99;
-/// CU_STREAM_NON_BLOCKING
-const STREAM_FLAGS: c_uint = 1;
 /// Longest wait, at the end, for copies that are on their way.
 const LANDING_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -158,11 +156,7 @@ impl Pinned {
         if let Some(&(_, stream)) = streams.iter().find(|(of, _)| *of == device) {
             return Ok(stream as u64);
         }
-        let mut stream: Handle = std::ptr::null_mut();
-        self.driver.within(context, || {
-            // SAFETY: a place for one handle.
-            self.driver.check("cuStreamCreate", unsafe { (self.driver.stream_create)(&mut stream, STREAM_FLAGS) })
-        })?;
+        let stream = self.driver.within(context, || self.driver.create_stream())?;
         streams.push((device, stream as usize));
         Ok(stream as u64)
     }
@@ -291,8 +285,8 @@ impl Pinned {
     /// waited for: somebody may capture a graph meanwhile, and synchronising a context would end that.
     pub fn settle(&mut self, in_flight: impl Fn() -> usize) {
         let deadline = Instant::now() + LANDING_TIMEOUT;
+        let _relaxed = self.driver.relax();
         loop {
-            let _relaxed = self.driver.relax();
             let done: Option<bool> = self.refused.iter().try_fold(true, |done, event| {
                 event.as_ref().and_then(Event::has_come).map(|has_come| done && has_come)
             });
