@@ -7,7 +7,8 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,31 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
+NewTap = Callable[..., Tap]
+Opened = Callable[..., tuple[Tap, RowStream]]
+
+
 @pytest.fixture
-def taps() -> Iterator[list[Tap]]:
-    made: list[Tap] = []
-    yield made
-    for tap in made:
-        tap.close()
+def new_tap() -> Iterator[NewTap]:
+    """As `make_tap`; it is closed at the end."""
+    with ExitStack() as stack:
+
+        def make(*args: Any, **options: Any) -> Tap:
+            tap = make_tap(*args, **options)
+            stack.callback(tap.close)
+            return tap
+
+        yield make
+
+
+@pytest.fixture
+def opened(new_tap: NewTap) -> Opened:
+    """A tap, as `new_tap`, and a stream of its rows."""
+
+    def make(capture: str, *args: Any, **options: Any) -> tuple[Tap, RowStream]:
+        return new_tap(capture, *args, **options), RowStream(capture)
+
+    return make
 
 
 def read(stream: RowStream, rows: int) -> dict[str, Any]:
@@ -86,7 +106,7 @@ SHAPES = [(128, 48, 8), (256, 48, 8), (1024, 7, 3), (8, 3, 2), (300, 1, 1), (60,
 @pytest.mark.parametrize(("dtype", "columns", "strided"), [(torch.int64, True, False), (torch.int32, False, True)])
 def test_every_row_of_batches_smaller_than_the_graph(
     way: str,
-    taps: list[Tap],
+    opened: Opened,
     shape: tuple[int, int, int],
     weights: bool,
     dtype: torch.dtype,
@@ -94,9 +114,7 @@ def test_every_row_of_batches_smaller_than_the_graph(
     strided: bool,
 ) -> None:
     num_experts, layers, top_k = shape
-    tap = make_tap("seen", num_experts, layers=layers, top_k=top_k, weights=weights)
-    taps.append(tap)
-    stream = RowStream("seen")
+    tap, stream = opened("seen", num_experts, layers=layers, top_k=top_k, weights=weights)
     forward = GraphForward(tap, 70, dtype=dtype, columns=columns, strided=strided, beside=columns)
     assert tap.writer.steps == 0
     sizes = [1, 2, 3, 70, 8, 69]
@@ -110,10 +128,8 @@ def test_every_row_of_batches_smaller_than_the_graph(
 
 
 @pytest.mark.usefixtures("way")
-def test_warm_ups_captures_and_idle_replays_give_no_rows_and_shift_none(taps: list[Tap]) -> None:
-    tap = make_tap("idle")
-    taps.append(tap)
-    stream = RowStream("idle")
+def test_warm_ups_captures_and_idle_replays_give_no_rows_and_shift_none(opened: Opened) -> None:
+    tap, stream = opened("idle")
     forward = GraphForward(tap, 16)
     forward.replay(None)
     with torch.cuda.stream(forward.stream):
@@ -131,11 +147,9 @@ def test_warm_ups_captures_and_idle_replays_give_no_rows_and_shift_none(taps: li
 @pytest.mark.parametrize("launched", [False, True])
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_replay_that_fails_after_its_record_was_reserved_is_void(
-    way: str, taps: list[Tap], launched: bool, ahead: bool
+    way: str, opened: Opened, launched: bool, ahead: bool
 ) -> None:
-    tap = make_tap("failing")
-    taps.append(tap)
-    stream = RowStream("failing")
+    tap, stream = opened("failing")
     forward = GraphForward(tap, 16)
 
     def fail() -> None:
@@ -168,10 +182,8 @@ def test_a_replay_that_fails_after_its_record_was_reserved_is_void(
 
 
 @pytest.mark.usefixtures("way")
-def test_graphs_captured_anew_at_run_time_and_graphs_in_turn(taps: list[Tap]) -> None:
-    tap = make_tap("anew")
-    taps.append(tap)
-    stream = RowStream("anew")
+def test_graphs_captured_anew_at_run_time_and_graphs_in_turn(opened: Opened) -> None:
+    tap, stream = opened("anew")
     forwards = [GraphForward(tap, 8), GraphForward(tap, 64)]
     sent = 0
     for turn in range(60):
@@ -184,10 +196,8 @@ def test_graphs_captured_anew_at_run_time_and_graphs_in_turn(taps: list[Tap]) ->
 
 
 @pytest.mark.usefixtures("way")
-def test_eager_steps_and_replays_are_read_in_their_order(taps: list[Tap]) -> None:
-    tap = make_tap("both")
-    taps.append(tap)
-    stream = RowStream("both")
+def test_eager_steps_and_replays_are_read_in_their_order(opened: Opened) -> None:
+    tap, stream = opened("both")
     forward = GraphForward(tap, 64)
     source = OnDevice(128, 64)
     torch.cuda.synchronize()
@@ -206,10 +216,8 @@ def test_eager_steps_and_replays_are_read_in_their_order(taps: list[Tap]) -> Non
     assert (np.diff(block["steps"].astype(np.int64)) >= 0).all()
 
 
-def test_what_does_not_fit_is_dropped_and_counted(way: str, taps: list[Tap]) -> None:
-    tap = make_tap("small", arena_bytes=1 << 17)
-    taps.append(tap)
-    stream = RowStream("small")
+def test_what_does_not_fit_is_dropped_and_counted(way: str, opened: Opened) -> None:
+    tap, stream = opened("small", arena_bytes=1 << 17)
     forward = GraphForward(tap, 256)
     for _ in range(40):
         forward.replay(16)
@@ -229,11 +237,9 @@ def test_what_does_not_fit_is_dropped_and_counted(way: str, taps: list[Tap]) -> 
     assert tap.error is None
 
 
-def test_the_cpu_may_run_ahead_of_the_device(monkeypatch: pytest.MonkeyPatch, taps: list[Tap]) -> None:
+def test_the_cpu_may_run_ahead_of_the_device(monkeypatch: pytest.MonkeyPatch, opened: Opened) -> None:
     monkeypatch.setenv("EXPERT_LENS_PUBLISHER", GRAPH)
-    tap = make_tap("ahead")
-    taps.append(tap)
-    stream = RowStream("ahead")
+    tap, stream = opened("ahead")
     forward = GraphForward(tap, 4, counting=True)
     forward.step.fill_(-1)
     torch.cuda.synchronize()
@@ -253,11 +259,9 @@ def test_the_cpu_may_run_ahead_of_the_device(monkeypatch: pytest.MonkeyPatch, ta
     check(read(stream, 3), 128)
 
 
-def test_space_of_records_made_void_is_used_again(monkeypatch: pytest.MonkeyPatch, taps: list[Tap]) -> None:
+def test_space_of_records_made_void_is_used_again(monkeypatch: pytest.MonkeyPatch, opened: Opened) -> None:
     monkeypatch.setenv("EXPERT_LENS_PUBLISHER", GRAPH)
-    tap = make_tap("voids", arena_bytes=1 << 17)
-    taps.append(tap)
-    stream = RowStream("voids")
+    tap, stream = opened("voids", arena_bytes=1 << 17)
     forward = GraphForward(tap, 16)
 
     def fail() -> None:
@@ -274,11 +278,9 @@ def test_space_of_records_made_void_is_used_again(monkeypatch: pytest.MonkeyPatc
     assert tap.error is None
 
 
-def test_more_graphs_than_torch_has_streams(monkeypatch: pytest.MonkeyPatch, taps: list[Tap]) -> None:
+def test_more_graphs_than_torch_has_streams(monkeypatch: pytest.MonkeyPatch, opened: Opened) -> None:
     monkeypatch.setenv("EXPERT_LENS_PUBLISHER", GRAPH)
-    tap = make_tap("many", layers=3, top_k=2)
-    taps.append(tap)
-    stream = RowStream("many")
+    tap, stream = opened("many", layers=3, top_k=2)
     captured_on = torch.cuda.Stream()
     forwards = [GraphForward(tap, 4, warm_up=False, stream=captured_on) for _ in range(70)]
     for forward in forwards:
@@ -287,13 +289,12 @@ def test_more_graphs_than_torch_has_streams(monkeypatch: pytest.MonkeyPatch, tap
     assert tap.error is None
 
 
-def test_a_graph_that_nobody_tells_us_of_keeps_its_memory(taps: list[Tap]) -> None:
+def test_a_graph_that_nobody_tells_us_of_keeps_its_memory() -> None:
     tap = make_tap("untold")
     forward = GraphForward(tap, 8, attach=False)
     del forward.recorded
     gc.collect()
     tap.close()
-    del taps
     for step in range(5):
         forward.step.fill_(step)
         forward.graph.replay()
@@ -301,10 +302,9 @@ def test_a_graph_that_nobody_tells_us_of_keeps_its_memory(taps: list[Tap]) -> No
     assert forward.seen.item() == 4
 
 
-def test_a_mailbox_that_the_driver_refuses_is_an_error_for_whoever_records(taps: list[Tap]) -> None:
+def test_a_mailbox_that_the_driver_refuses_is_an_error_for_whoever_records(new_tap: NewTap) -> None:
     """Engines record inside of `Tap.guard`, so that their captures go on."""
-    tap = make_tap("refusing")
-    taps.append(tap)
+    tap = new_tap("refusing")
     writer = tap.writer
 
     class Refusing:
@@ -320,10 +320,8 @@ def test_a_mailbox_that_the_driver_refuses_is_an_error_for_whoever_records(taps:
     tap.writer = writer
 
 
-def test_without_a_compiler_the_stream_publishes(monkeypatch: pytest.MonkeyPatch, taps: list[Tap]) -> None:
-    tap = make_tap("refusing")
-    taps.append(tap)
-    stream = RowStream("refusing")
+def test_without_a_compiler_the_stream_publishes(monkeypatch: pytest.MonkeyPatch, opened: Opened) -> None:
+    tap, stream = opened("refusing")
 
     class Broken:
         def __getitem__(self, _: Any) -> Any:
@@ -343,10 +341,9 @@ def test_without_a_compiler_the_stream_publishes(monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_error_while_kernels_are_recorded_does_not_spoil_the_capture(
-    monkeypatch: pytest.MonkeyPatch, taps: list[Tap]
+    monkeypatch: pytest.MonkeyPatch, new_tap: NewTap
 ) -> None:
-    tap = make_tap("spoilt")
-    taps.append(tap)
+    tap = new_tap("spoilt")
     publish_rows: Any = kernels.publish_rows
 
     class BreaksInCapture:
@@ -378,9 +375,8 @@ def test_an_error_while_kernels_are_recorded_does_not_spoil_the_capture(
     assert (x.sum().item(), errors) == (16, ["a hook of Triton's"])
 
 
-def test_columns_of_another_length_or_type_are_refused(taps: list[Tap]) -> None:
-    tap = make_tap("columns", layers=1, top_k=2)
-    taps.append(tap)
+def test_columns_of_another_length_or_type_are_refused(new_tap: NewTap) -> None:
+    tap = new_tap("columns", layers=1, top_k=2)
     ids = torch.zeros((4, 2), dtype=torch.int64, device="cuda")
     wrong = {"short": torch.zeros(3, dtype=torch.int64, device="cuda"), "real": torch.zeros(4, device="cuda")}
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
@@ -395,10 +391,8 @@ def test_columns_of_another_length_or_type_are_refused(taps: list[Tap]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_fork_leaves_its_parents_graphs_alone(taps: list[Tap]) -> None:
-    tap = make_tap("forked")
-    taps.append(tap)
-    stream = RowStream("forked")
+def test_a_fork_leaves_its_parents_graphs_alone(opened: Opened) -> None:
+    tap, stream = opened("forked")
     forward = GraphForward(tap, 8)
     forward.replay(8)
     torch.cuda.synchronize()
@@ -416,9 +410,8 @@ def test_a_fork_leaves_its_parents_graphs_alone(taps: list[Tap]) -> None:
     assert tap.error is None
 
 
-def test_a_reader_that_is_killed_holds_no_graph_up(taps: list[Tap]) -> None:
-    tap = make_tap("killed", arena_bytes=1 << 20, on_full="wait", wait_timeout=30.0)
-    taps.append(tap)
+def test_a_reader_that_is_killed_holds_no_graph_up(new_tap: NewTap) -> None:
+    tap = new_tap("killed", arena_bytes=1 << 20, on_full="wait", wait_timeout=30.0)
     first = start_reader("killed")
     forward = GraphForward(tap, 64)
     forward.replay(64)
@@ -437,10 +430,8 @@ def test_a_reader_that_is_killed_holds_no_graph_up(taps: list[Tap]) -> None:
     assert tap.writer.dropped_tokens == 0
 
 
-def test_another_threads_capture_goes_on_beside_replays(taps: list[Tap]) -> None:
-    tap = make_tap("beside")
-    taps.append(tap)
-    stream = RowStream("beside")
+def test_another_threads_capture_goes_on_beside_replays(opened: Opened) -> None:
+    tap, stream = opened("beside")
     forward = GraphForward(tap, 8)
     rows = graphs.ReplayRows([(1, "a", 0, 8, 0, "decode")], 8)
 
@@ -473,15 +464,13 @@ def test_another_threads_capture_goes_on_while_a_tap_begins_and_ends(refused: bo
         del mailbox
 
 
-def test_rows_are_there_while_the_forward_goes_on(monkeypatch: pytest.MonkeyPatch, taps: list[Tap]) -> None:
+def test_rows_are_there_while_the_forward_goes_on(monkeypatch: pytest.MonkeyPatch, opened: Opened) -> None:
     class Long(GraphForward):
         def run_on(self) -> None:
             torch.cuda._sleep(4_000_000_000)
 
     monkeypatch.setenv("EXPERT_LENS_PUBLISHER", GRAPH)
-    tap = make_tap("going-on")
-    taps.append(tap)
-    stream = RowStream("going-on")
+    tap, stream = opened("going-on")
     forward = Long(tap, 8)
     forward.replay(8)
     block: Any = stream.take(8, 10.0)
@@ -490,9 +479,8 @@ def test_rows_are_there_while_the_forward_goes_on(monkeypatch: pytest.MonkeyPatc
     forward.stream.synchronize()
 
 
-def test_a_step_that_was_left_does_not_become_part_of_a_graph(taps: list[Tap]) -> None:
-    tap = make_tap("left")
-    taps.append(tap)
+def test_a_step_that_was_left_does_not_become_part_of_a_graph(new_tap: NewTap) -> None:
+    tap = new_tap("left")
     stream, reading = torch.cuda.Stream(), RowStream("left")
     x, graph = torch.ones(64, device="cuda"), torch.cuda.CUDAGraph()
     experts = torch.zeros((4, L, K), dtype=torch.uint8, device="cuda")
@@ -521,12 +509,10 @@ def test_a_step_that_was_left_does_not_become_part_of_a_graph(taps: list[Tap]) -
     assert x.sum().item() == 128
 
 
-def test_without_triton_the_stream_publishes(monkeypatch: pytest.MonkeyPatch, taps: list[Tap]) -> None:
+def test_without_triton_the_stream_publishes(monkeypatch: pytest.MonkeyPatch, opened: Opened) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name))
-    tap = make_tap("plain")
-    taps.append(tap)
-    stream = RowStream("plain")
+    tap, stream = opened("plain")
     forward = GraphForward(tap, 16)
     forward.replay(9)
     check(read(stream, 9), 128)
@@ -535,12 +521,10 @@ def test_without_triton_the_stream_publishes(monkeypatch: pytest.MonkeyPatch, ta
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_replays_that_pass_by_switch_the_capture_off(
-    monkeypatch: pytest.MonkeyPatch, taps: list[Tap], ahead: bool
+    monkeypatch: pytest.MonkeyPatch, opened: Opened, ahead: bool
 ) -> None:
     monkeypatch.setenv("EXPERT_LENS_PUBLISHER", GRAPH)
-    tap = make_tap("unseen")
-    taps.append(tap)
-    stream = RowStream("unseen")
+    tap, stream = opened("unseen")
     forward = GraphForward(tap, 8)
     forward.replay(8)
     check(read(stream, 8), 128)
@@ -560,7 +544,7 @@ def test_replays_that_pass_by_switch_the_capture_off(
 
 
 @pytest.mark.usefixtures("way")
-def test_a_graph_outlives_its_capture(taps: list[Tap]) -> None:
+def test_a_graph_outlives_its_capture(opened: Opened) -> None:
     tap = make_tap("first")
     forward = GraphForward(tap, 8)
     forward.replay(8)
@@ -570,9 +554,7 @@ def test_a_graph_outlives_its_capture(taps: list[Tap]) -> None:
         forward.graph.replay()
     torch.cuda.synchronize()
     assert forward.seen.item() == 4
-    again = make_tap("second")
-    taps.append(again)
-    stream = RowStream("second")
+    again, stream = opened("second")
     forward.recorded.replay(forward.graph.replay, graphs.ReplayRows([(1, "a", 0, 2, 0, "decode")], 2))
     other = GraphForward(again, 8)
     del forward
@@ -581,9 +563,8 @@ def test_a_graph_outlives_its_capture(taps: list[Tap]) -> None:
     assert again.error is None
 
 
-def test_a_layer_that_is_silent_inside_a_capture_is_named(taps: list[Tap]) -> None:
-    tap = make_tap("silent", layers=3, top_k=2)
-    taps.append(tap)
+def test_a_layer_that_is_silent_inside_a_capture_is_named(new_tap: NewTap) -> None:
+    tap = new_tap("silent", layers=3, top_k=2)
     ids = torch.zeros((4, 2), dtype=torch.int64, device="cuda")
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         tap.begin()
@@ -599,13 +580,11 @@ def test_a_layer_that_is_silent_inside_a_capture_is_named(taps: list[Tap]) -> No
 
 
 def test_rows_are_there_when_their_number_is(
-    monkeypatch: pytest.MonkeyPatch, taps: list[Tap], captures_directory: Path
+    monkeypatch: pytest.MonkeyPatch, opened: Opened, captures_directory: Path
 ) -> None:
     """The last bytes of a record, read as soon as its number can be seen, are those that stay there."""
     monkeypatch.setenv("EXPERT_LENS_PUBLISHER", GRAPH)
-    tap = make_tap("edge")
-    taps.append(tap)
-    stream = RowStream("edge")
+    tap, stream = opened("edge")
     sizes = [64, 1, 4096, 300] * 5 + [65536]  # the last one has more blocks than run at a time
     forwards = {rows: GraphForward(tap, rows) for rows in set(sizes)}
     watch = Watch(captures_directory, "edge")
@@ -624,11 +603,10 @@ def test_rows_are_there_when_their_number_is(
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("mixed", [False, True])
-def test_stress(monkeypatch: pytest.MonkeyPatch, mixed: bool, taps: list[Tap]) -> None:
+def test_stress(monkeypatch: pytest.MonkeyPatch, mixed: bool, new_tap: NewTap) -> None:
     """Every row of 200 000 replays of mixed sizes, up to 16384 rows; mixed: every other step by stream."""
     monkeypatch.setenv("EXPERT_LENS_PUBLISHER", GRAPH)
-    tap = make_tap("stress", arena_bytes=512 << 20, on_full="wait", wait_timeout=60.0)
-    taps.append(tap)
+    tap = new_tap("stress", arena_bytes=512 << 20, on_full="wait", wait_timeout=60.0)
     reader = start_reader("stress")
     forwards = [GraphForward(tap, rows) for rows in (1, 16, 64, 256, 4096, 16384)]
     stream = forwards[0].stream
