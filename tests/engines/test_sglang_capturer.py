@@ -4,9 +4,10 @@ What needs a GPU (graphs, streams) is in tests/gpu/test_sglang.py, with the real
 """
 
 import inspect
+import sys
 import warnings
 from collections.abc import Iterator
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -376,11 +377,57 @@ def test_data_parallel_ranks_have_their_own_rows() -> None:
     engine.tap.close()
 
 
-def test_rows_of_data_parallel_ranks_that_cannot_be_told_apart_count_as_dropped(
-    capturing: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What SGLang says of data-parallel ranks in the forward that is being captured."""
+    state = SimpleNamespace(rows=4, alike=True)
+    told = ModuleType("dp_attention")
+    told.__dict__.update(get_local_dp_buffer_len=lambda: state.rows, is_dp_max_padding=lambda: state.alike)
+    layers = ModuleType("layers")
+    layers.__dict__["dp_attention"] = told
+    for name, module in (
+        ("sglang", ModuleType("sglang")),
+        ("sglang.srt", ModuleType("srt")),
+        ("sglang.srt.layers", layers),
+    ):
+        monkeypatch.setitem(sys.modules, name, module)
+    return state
+
+
+def test_a_data_parallel_rank_has_its_own_rows_of_graphs_of_prompts(
+    capturing: SimpleNamespace, ranks: SimpleNamespace
 ) -> None:
-    """In graphs of prompts and in compiled code; what runs otherwise goes on to have its rows."""
+    """Cut out while they are captured; what was recorded runs at once here, as in a replay."""
     engine = Engine(Layout(1, 0, 1, 0, 3, 1, 1, 0))
+    counts = {"global_num_tokens_cpu": [4, 3, 2]}
+    expected = []
+    for mode, rids, starts, lengths in (("EXTEND", ["a"], [0], [3]), ("MIXED", ["b", "a"], [0, 3], [2, 1])):
+        batch, experts = engine.batch(mode, rids, starts, lengths, **counts), engine.experts(3 * ranks.rows)
+        engine.capturer.begin(batch)
+        capturing.on = True
+        engine.hand_over(experts, LAYERS)
+        capturing.on = False
+        engine.capturer.on_forward_end(batch, can_run_graph=True, cuda_graph_batch=None)
+        expected.append(experts[4:7])
+    np.testing.assert_array_equal(engine.rows("a")["experts"], torch.cat([expected[0], expected[1][2:]]).numpy())
+    np.testing.assert_array_equal(engine.rows("b")["experts"], expected[1][:2].numpy())
+    assert (engine.collector.stats()["dropped_tokens"], engine.tap.error) == (0, None)
+    capturing.on = True
+    with pytest.warns(RuntimeWarning, match="saw 11 tokens in a graph of 4, of 3 data-parallel ranks"):
+        engine.hand_over(engine.experts(11), LAYERS)
+    engine.collector.close()
+    engine.tap.close()
+
+
+def test_rows_of_data_parallel_ranks_that_cannot_be_told_apart_count_as_dropped(
+    capturing: SimpleNamespace,
+    ranks: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In graphs of ranks with unlike rows, and in compiled code; what runs otherwise goes on to have its rows."""
+    engine = Engine(Layout(1, 0, 1, 0, 3, 1, 1, 0))
+    ranks.alike = False
     counts = {"global_num_tokens_cpu": [4, 2, 3]}
     for how in ("captured", "compiled"):
         capturing.on = how == "captured"

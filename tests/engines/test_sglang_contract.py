@@ -133,7 +133,8 @@ def test_the_runner_says_what_the_model_is(sources: Sources) -> None:
     if sources.tree(mixin) is not None:
         found |= sources.fields(f"{mixin}:ModelRunnerKVCacheMixin")
     assert needed <= found, f"SGLang {sources.version}: ModelRunner has no {', '.join(sorted(needed - found))}"
-    assert sources.find("sglang.srt.layers.dp_attention:is_dp_attention_enabled") is not None
+    for name in ("is_dp_attention_enabled", "get_local_dp_buffer_len", "is_dp_max_padding"):
+        assert sources.find(f"sglang.srt.layers.dp_attention:{name}") is not None
     here = {"pp_size", "attn_tp_size", "attn_tp_rank", "attn_dp_size", "attn_dp_rank", "attn_cp_size"}
     context = "sglang.srt.runtime_context"
     if sources.find(f"{context}:get_parallel") is not None:

@@ -48,7 +48,7 @@ def test_a_graphs_rows_stand_behind_those_of_the_ranks_before(rank: int) -> None
     seen = [(owner, row) for owner in range(4) for row in range(16)]
     assert seen[graph_rows(64, 16, ranks)] == [(rank, row) for row in range(16)]
     assert graph_rows(16, 16, ranks) == slice(0, 16)  # each rank routes its own
-    with pytest.raises(EngineHookError, match="saw 32 tokens in a decode graph of 16, of 4 data-parallel ranks"):
+    with pytest.raises(EngineHookError, match="saw 32 tokens in a graph of 16, of 4 data-parallel ranks"):
         graph_rows(32, 16, ranks)
 
 

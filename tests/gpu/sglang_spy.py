@@ -7,6 +7,8 @@
 * `altered`: gives expert_lens one id that is not the one chosen, in the second forward of prompts.
 * `followed`: makes SGLang's own capture right for drafted tokens, whose rows it never keeps if they come by n-grams,
   and of a tree leaves in the KV slots that their tokens are moved away from.
+* `in_graphs_of:ROWS`: makes SGLang's own capture right for prompts in graphs of so many rows a data-parallel rank: it
+  cuts this rank's out where they are in a decode graph.
 * `timed:FILE`: appends what expert_lens takes of the scheduler's thread in each decode step by graph, but for the
   launch: "ROWS MICROSECONDS" a line. In every second step what the clocks take that tell it, around nothing, before
   ours comes: "ROWS MICROSECONDS clocks".
@@ -39,7 +41,8 @@ def register() -> None:
     what, _, file = os.environ.get("SGLANG_SPY", "").partition(":")
     if multiprocessing.current_process().name == "MainProcess" or not what:
         return
-    {"consumed": consumed, "altered": altered, "followed": followed, "timed": timed}[what](file)
+    spies = (consumed, altered, followed, in_graphs_of, timed)
+    {spy.__name__: spy for spy in spies}[what](file)
 
 
 def consumed(file: str) -> None:
@@ -122,6 +125,19 @@ def followed(_: str) -> None:
 
     RoutedExpertsCapturer.on_forward_end = kept
     MHATokenToKVPool.move_kv_cache = moved
+
+
+def in_graphs_of(rows: str) -> None:
+    from sglang.srt.state_capturer.routed_experts import RoutedExpertsCapturer
+
+    on_forward_end = RoutedExpertsCapturer.on_forward_end
+
+    def cut(capturer: Any, *, forward_batch: Any, can_run_graph: bool, **kwargs: Any) -> Any:
+        if can_run_graph and forward_batch.forward_mode.is_extend():
+            kwargs["cuda_graph_batch"] = int(rows)
+        return on_forward_end(capturer, forward_batch=forward_batch, can_run_graph=can_run_graph, **kwargs)
+
+    RoutedExpertsCapturer.on_forward_end = cut
 
 
 def timed(file: str) -> None:

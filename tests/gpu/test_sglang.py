@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -169,6 +170,16 @@ RANKS: dict[str, dict[str, Any]] = {
         "disable_cuda_graph": True,
         "chunked_prefill_size": 256,
     },
+    "data-parallel attention, breakable graphs of prefill": {
+        "tp_size": 2,
+        "dp_size": 2,
+        "enable_dp_attention": True,
+        "disable_prefill_cuda_graph": None,
+        "cuda_graph_backend_prefill": "breakable",
+        "cuda_graph_bs_prefill": [256],  # of several sizes the ranks may each take another one, and never meet
+        "chunked_prefill_size": 512,  # of both ranks
+        "spy": "in_graphs_of:256",
+    },
     "data-parallel engines": {"dp_size": 2},
     "pipeline stages": {"pp_size": 2},
 }
@@ -182,6 +193,7 @@ def test_rows_of_several_gpus_are_those_of_sglangs_own_capture(way: str) -> None
     stages = RANKS[way].get("pp_size", 1)
     assert (found["ids"] > 5_000_000, found["layers"]) == (True, 48 // stages)
     assert (found["dropped_tokens"], found["control"]) == (0, 1)
+    assert bool(re.search("Prefill batch.*graph: True", log)) == ("cuda_graph_backend_prefill" in RANKS[way])
     assert log.count("expert_lens publishes as capture") == found["arenas"] == RANKS[way].get("dp_size", 1) * stages
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from expert_lens import graphs
-from expert_lens.engines.sglang.layout import Layout, eager_rows, graph_rows
+from expert_lens.engines.sglang.layout import Layout, captured_rows, eager_rows, graph_rows
 from expert_lens.engines.sglang.requests import Requests
 from expert_lens.engines.sglang.static import StaticExperts, silence
 from expert_lens.errors import EngineHookError
@@ -260,14 +260,14 @@ class Capturer:
         return ReplayRows(spans, len(spans))
 
     def _record_static(self, slot: int, ids: torch.Tensor) -> None:
-        """Record, in a graph of prompts that is being captured, what the forward's end is to find.
-
-        Not with data-parallel attention, where it would have to be known which of the rows are this rank's.
-        """
-        if self._layout.attn_dp_size > 1:
+        """Record, in a graph of prompts that is being captured, what the forward's end is to find."""
+        num_rows = len(ids) if self._layout.attn_dp_size == 1 else captured_rows()
+        if num_rows is None:
             return
-        if (step := self._recording.add(slot, ids)) is not None:
+        step = self._recording.add(slot, ids[graph_rows(len(ids), num_rows, self._layout)])
+        if step is not None:
             self._static.record(step)
+            self._static.cut_modes.update(("EXTEND", "MIXED"))
 
     def _publish(self, batch: Any, step: Step | None, in_graph: bool) -> None:
         mode = batch.forward_mode.name
@@ -301,9 +301,9 @@ class Capturer:
         if not self._has_warned:
             self._has_warned = True
             log.warning(
-                "expert_lens: a forward in mode %s ran in a graph or in compiled code, where the rows of %d "
-                "data-parallel ranks cannot be told apart yet; the rows of such forwards count as dropped. Start "
-                "with --disable-prefill-cuda-graph, and without --enable-torch-compile.",
+                "expert_lens: a forward in mode %s ran in compiled code, where the rows of %d data-parallel ranks "
+                "cannot be told apart yet; the rows of such forwards count as dropped. Start with "
+                "--cuda-graph-backend-prefill breakable or disabled, and without --enable-torch-compile.",
                 batch.forward_mode.name,
                 self._layout.attn_dp_size,
             )

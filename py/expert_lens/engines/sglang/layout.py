@@ -8,7 +8,7 @@ from typing import Any
 
 from expert_lens.errors import EngineHookError, UnsupportedModelError
 
-__all__ = ["Layout", "eager_rows", "graph_rows", "refuse_unknown"]
+__all__ = ["Layout", "captured_rows", "eager_rows", "graph_rows", "refuse_unknown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def refuse_unknown(layout: Layout, args: Any, a2a_backend: Any) -> None:
 
 
 def graph_rows(num_ids: int, num_rows: int, layout: Layout) -> slice:
-    """In a decode graph of `num_rows` rows: this process's among the `num_ids` that a MoE layer sees.
+    """In a graph of `num_rows` rows: this process's among the `num_ids` that a MoE layer sees.
 
     With data-parallel attention a layer sees as many of each rank, one behind the other, unless each rank routes its
     own.
@@ -112,9 +112,17 @@ def graph_rows(num_ids: int, num_rows: int, layout: Layout) -> slice:
     if num_ids == num_rows * layout.attn_dp_size:
         return slice(layout.attn_dp_rank * num_rows, (layout.attn_dp_rank + 1) * num_rows)
     raise EngineHookError(
-        f"a MoE layer saw {num_ids} tokens in a decode graph of {num_rows}, of {layout.attn_dp_size} "
-        "data-parallel ranks"
+        f"a MoE layer saw {num_ids} tokens in a graph of {num_rows}, of {layout.attn_dp_size} data-parallel ranks"
     )
+
+
+def captured_rows() -> int | None:
+    """With data-parallel attention: each rank's rows in the forward that is being captured; None if they have unlike
+    ones, which stand in other places at each replay.
+    """
+    from sglang.srt.layers import dp_attention
+
+    return int(dp_attention.get_local_dp_buffer_len()) if dp_attention.is_dp_max_padding() else None
 
 
 def eager_rows(num_ids: int, num_padded: int, counts: Sequence[int] | None, layout: Layout) -> int:
