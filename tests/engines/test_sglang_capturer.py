@@ -301,6 +301,15 @@ def test_what_a_graph_leaves_is_published_once(engine: Engine, capturing: Simple
         engine.forward(engine.batch("DECODE", ["a"], [5], [1]), None)
 
 
+def test_a_layer_that_chooses_twice_in_a_graph_ends_the_capture_by_its_number(
+    engine: Engine, capturing: SimpleNamespace
+) -> None:
+    capturing.on = True
+    with pytest.warns(RuntimeWarning, match="layer 2 has chosen twice in a graph that is captured"):
+        engine.hand_over(engine.experts(4), [1, 2, 2, 5])
+    assert isinstance(engine.tap.error, EngineHookError)
+
+
 def test_a_layer_that_hands_over_nothing_ends_the_capture_by_its_number(engine: Engine) -> None:
     with pytest.warns(RuntimeWarning, match=r"layers \(2,\) gave no experts"):
         result = engine.forward(engine.batch("EXTEND", ["a"], [0], [2]), engine.experts(2), [1, 5])

@@ -51,6 +51,23 @@ def test_the_capturer_is_called_as_ours_can_be(sources: Sources) -> None:
     assert all(keywords <= ours for keywords in ends)
 
 
+MAPPINGS = {"topk_ids_logical_to_physical", "_mask_topk_ids_padded_region", "_biased_grouped_topk_postprocess"}
+
+
+def test_ids_are_captured_before_they_are_mapped_to_physical_experts(sources: Sources) -> None:
+    tree = sources.tree("sglang.srt.layers.moe.topk")
+    assert tree is not None
+    found = []
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        calls = [(ast.unparse(node.func), node.lineno) for node in ast.walk(function) if isinstance(node, ast.Call)]
+        captured = [line for name, line in calls if name.endswith((".capture", "capture_routed_experts_if_allowed"))]
+        mapped = [line for name, line in calls if name in MAPPINGS]
+        if captured and mapped:
+            found.append(function.name)
+            assert max(captured) < min(mapped), f"in SGLang {sources.version} {function.name} captures mapped ids"
+    assert found
+
+
 def test_its_own_capturer_takes_what_ours_hands_on(sources: Sources) -> None:
     module = next(module for module in CAPTURERS if sources.tree(module) is not None)
     name = "RoutedExpertsCapturer" if module == CAPTURERS[0] else "_RoutedExpertsCapturerReal"

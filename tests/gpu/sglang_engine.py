@@ -167,9 +167,11 @@ class Waves:
 def compare(lens: Any, native: dict[str, Any]) -> dict[str, int]:
     """How many ids were compared and are different, and how many positions the lens lacks.
 
-    Of several pipeline stages, SGLang gives the layers of one, and zeros for the others: `layers` that it gives.
+    Of several pipeline stages, SGLang gives the layers of one, and zeros for the others: `layers` that it gives of each
+    request, at the least. `alike`: pairs of rows in a row that are the same, which would agree in the wrong places too.
     """
-    found = {"requests": len(native), "layers": 0, "ids": 0, "different": 0, "missing": 0, "wrong_length": 0}
+    found = {"requests": len(native), "ids": 0, "different": 0, "missing": 0, "wrong_length": 0, "alike": 0}
+    layers = []
     for request, rows in native.items():
         try:
             ours = lens.routed_experts(request)
@@ -182,11 +184,12 @@ def compare(lens: Any, native: dict[str, Any]) -> dict[str, int]:
             found["wrong_length"] += 1
             continue
         given = rows.any(axis=(0, 2))
-        found["layers"] = max(found["layers"], int(given.sum()))
+        layers.append(int(given.sum()))
         found["missing"] += int((~there).sum())
         found["ids"] += rows[there][:, given].size
         found["different"] += int((ours[there] != rows[there])[:, given].sum())
-    return found
+        found["alike"] += int((rows[1:] == rows[:-1])[:, given].all(axis=(1, 2)).sum())
+    return {**found, "layers": min(layers, default=0), "positions": sum(map(len, native.values()))}
 
 
 def altered(lens: Any, native: dict[str, Any]) -> int:
@@ -222,7 +225,6 @@ def check(options: dict[str, Any]) -> dict[str, Any]:
     }
     found["control"] = altered(lens, waves.native)
     found["states"] = sorted(set(lens._collector.requests()["state"]))
-    found["distinct"] = len(np.unique(np.concatenate([rows[:64] for rows in waves.native.values()])))
     with expert_lens.attach(lens.name) as late:  # sees what the ring still holds; of the rest it lacks rows
         wave = [waves.new(k) for k in (5, 60, 300)]
         before = len(waves.native)
@@ -293,11 +295,36 @@ def with_the_lens_alone(options: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def alone(options: dict[str, Any]) -> dict[str, Any]:
-    """Single requests, one after another, with SGLang's own capture off and its graphs off: what the lens has of each
-    beside what the MoE kernel consumed; and, by an engine of its own, what SGLang's capture gives (see `compare`).
+def late(options: dict[str, Any]) -> dict[str, Any]:
+    """A lens that is attached when the ring has forgotten what stands in the radix cache: what it has of a request that
+    begins with that, and how many tokens those are.
     """
-    quiet = {"disable_cuda_graph": True, "disable_radix_cache": True, **options}
+    expert_lens.enable(arena="1MiB")
+    engine, shape = start(options)
+    waves = Waves(engine, shape)
+    beginning = waves.new(300)
+    waves.run([beginning], [4])
+    waves.run([waves.new(700) for _ in range(24)], [4] * 24)
+    waves.native.clear()
+    waves.cached = 0
+    with expert_lens.attach(engine) as lens:
+        waves.run([beginning + waves.new(20)], [8])
+        [request] = waves.native
+        try:
+            lens.routed_experts(request)
+            missing = []
+        except MissingRowsError as error:
+            missing = [int(position) for position in error.positions]
+        found = {**compare(lens, waves.native), "positions missing": missing, "cached": waves.cached}
+    engine.shutdown()
+    return found
+
+
+def alone(options: dict[str, Any]) -> dict[str, Any]:
+    """Single requests, one after another, with SGLang's own capture off: what the lens has of each beside what the MoE
+    kernel consumed; and, by an engine of its own, what SGLang's capture gives (see `compare`).
+    """
+    quiet = {"disable_radix_cache": True, **options}
     found: dict[str, Any] = {"ids": 0, "not_as_consumed": 0, "not_as_native": 0, "outputs_differ": 0}
     singles = without_us(quiet)
 
@@ -326,8 +353,8 @@ def alone(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def control(options: dict[str, Any]) -> dict[str, Any]:
-    """As `check`, small, with one id altered on its way to the lens."""
-    spy("altered", options)
+    """As `check`, small, with ids altered on their way to the lens: one, or one in every step of a decode graph."""
+    spy(options.pop("spy"), options)
     expert_lens.enable()
     engine, shape = start(options)
     lens = expert_lens.attach(engine)
@@ -461,7 +488,7 @@ def off(options: dict[str, Any]) -> dict[str, Any]:
     return {"message": message, "captures": expert_lens.captures()}
 
 
-JOBS = {job.__name__: job for job in (check, alone, with_the_lens_alone, control, abort, server, off, timing)}
+JOBS = {job.__name__: job for job in (check, late, alone, with_the_lens_alone, control, abort, server, off, timing)}
 
 if __name__ == "__main__":
     began = time.monotonic()

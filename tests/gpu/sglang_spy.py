@@ -4,7 +4,9 @@
 
 * `consumed:FILE`: appends to FILE.DEVICE, a forward behind the other, the experts whose weights the MoE kernel
   multiplies each row with, as told by its tables `sorted_token_ids` and `expert_ids`: int32 n, L, K, then [n, L, K].
+  In a CUDA graph copies of the tables are recorded, and read after each replay.
 * `altered`: gives expert_lens one id that is not the one chosen, in the second forward of prompts.
+* `altered_in_graphs`: the same in every replay of a decode graph, for its first row.
 * `followed`: makes SGLang's own capture right for drafted tokens, whose rows it never keeps if they come by n-grams,
   and of a tree leaves in the KV slots that their tokens are moved away from.
 * `in_graphs_of:ROWS`: makes SGLang's own capture right for prompts in graphs of so many rows a data-parallel rank: it
@@ -41,7 +43,7 @@ def register() -> None:
     what, _, file = os.environ.get("SGLANG_SPY", "").partition(":")
     if multiprocessing.current_process().name == "MainProcess" or not what:
         return
-    spies = (consumed, altered, followed, in_graphs_of, timed)
+    spies = (consumed, altered, altered_in_graphs, followed, in_graphs_of, timed)
     {spy.__name__: spy for spy in spies}[what](file)
 
 
@@ -51,30 +53,54 @@ def consumed(file: str) -> None:
 
     num_layers = int(os.environ["SGLANG_SPY_LAYERS"])
     layers: list[Any] = []
+    recorded: list[Any] = []
     calls = 0
+
+    def consumed_rows(sorted_ids: Any, expert_ids: Any, num_padded: Any, block: int, shape: tuple[int, int]) -> Any:
+        rows, experts, padded = sorted_ids.cpu().numpy(), expert_ids.cpu().numpy(), int(num_padded.item())
+        found = np.full(shape[0] * shape[1], -1, np.int32)
+        places = rows[:padded]
+        chosen = np.repeat(experts[: -(-padded // block)], block)[:padded]
+        real = places < len(found)
+        found[places[real]] = chosen[real]
+        return found.reshape(shape)
+
+    def write(of_layers: list[Any]) -> None:
+        rows = np.stack(of_layers, axis=1)
+        with open(f"{file}.{torch.cuda.current_device()}", "ab") as out:
+            out.write(np.array(rows.shape, np.int32).tobytes() + rows.tobytes())
 
     def around(original: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         named = inspect.signature(original).bind(*args, **kwargs).arguments
         calls += 1
         if calls % 2:  # the second one multiplies with the other weights of the same experts
-            num_rows, top_k = named["topk_ids"].shape
-            rows = named["sorted_token_ids"].cpu().numpy()
-            experts = named["expert_ids"].cpu().numpy()
-            padded = int(named["num_tokens_post_padded"].item())
-            block = named["config"]["BLOCK_SIZE_M"]
-            found = np.full(num_rows * top_k, -1, np.int32)
-            places = rows[:padded]
-            chosen = np.repeat(experts[: -(-padded // block)], block)[:padded]
-            real = places < num_rows * top_k
-            found[places[real]] = chosen[real]
-            layers.append(found.reshape(num_rows, top_k))
-            if len(layers) == num_layers:
-                rows_of_all = np.stack(layers, axis=1)
-                with open(f"{file}.{torch.cuda.current_device()}", "ab") as out:
-                    out.write(np.array(rows_of_all.shape, np.int32).tobytes() + rows_of_all.tobytes())
-                layers.clear()
+            tables = [named[name] for name in ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")]
+            more = (named["config"]["BLOCK_SIZE_M"], tuple(named["topk_ids"].shape))
+            if torch.cuda.is_current_stream_capturing():
+                recorded.append((*(table.clone() for table in tables), *more))
+            else:
+                layers.append(consumed_rows(*tables, *more))
+                if len(layers) == num_layers:
+                    write(layers)
+                    layers.clear()
         return original(*args, **kwargs)
+
+    begin, replay = torch.cuda.CUDAGraph.capture_begin, torch.cuda.CUDAGraph.replay
+
+    def begin_capture(graph: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal recorded
+        graph.consumed = recorded = []
+        begin(graph, *args, **kwargs)
+
+    def replay_and_read(graph: Any) -> None:
+        replay(graph)
+        if consumed := getattr(graph, "consumed", []):
+            torch.cuda.synchronize()
+            write([consumed_rows(*one) for one in consumed])
+
+    torch.cuda.CUDAGraph.capture_begin = begin_capture  # type: ignore[method-assign]
+    torch.cuda.CUDAGraph.replay = replay_and_read  # type: ignore[method-assign]
 
     target = "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_kernels.invoke_fused_moe_kernel"
     HookRegistry.register(target, around, HookType.AROUND)
@@ -107,6 +133,20 @@ def altered(_: str) -> None:
         layer(tap, slot, ids, weights)
 
     Tap.layer = changed  # type: ignore[method-assign]
+
+
+def altered_in_graphs(_: str) -> None:
+    from expert_lens.engines.sglang.capturer import _DecodeGraph
+
+    take = _DecodeGraph.take
+
+    def changed(graph: Any, slot: int, ids: Any) -> None:
+        if slot == 3:
+            ids = ids.clone()
+            ids[:1, :1] = (ids[:1, :1] + 1) % graph._tap.num_experts
+        take(graph, slot, ids)
+
+    _DecodeGraph.take = changed  # type: ignore[method-assign]
 
 
 def followed(_: str) -> None:

@@ -386,6 +386,8 @@ class _Layers:
         step = self._step
         if step is None:
             raise EngineHookError(f"layer {self._layers[slot]} is the first of a graph that is captured")
+        if step.experts[slot] is not None:
+            raise EngineHookError(f"layer {self._layers[slot]} has chosen twice in a graph that is captured")
         step.experts[slot] = ids
         if slot < len(self._layers) - 1:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from expert_lens.errors import UnsupportedModelError
@@ -22,16 +23,35 @@ CACHES_ELSEWHERE = (
 
 
 def _routed_layers(model: Any) -> list[int]:
-    """The indices of the model's layers that choose experts by a `TopK`, ascending; empty for a dense model."""
+    """The indices of the model's layers that choose experts by a `TopK`, ascending; empty for a dense model.
+
+    Many models of older releases do not tell a `TopK` which layer it is of. It is told so here, by its name in the
+    model, as newer releases do: what it tells a capturer follows from that, and nothing that it computes.
+
+    Raises UnsupportedModelError if that tells nothing.
+    """
     from sglang.srt.layers.moe.topk import TopK
 
-    return sorted({module.layer_id for module in model.modules() if isinstance(module, TopK)})
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, TopK)]
+    told = {module.layer_id for _, module in found if module.layer_id is not None}
+    for name, module in found:
+        if module.layer_id is None:
+            place = re.search(r"\blayers\.(\d+)\.", name)
+            if place is None or int(place[1]) in told:
+                raise UnsupportedModelError(
+                    f"{name} of {type(model).__name__} chooses experts and does not tell of which layer; in newer "
+                    "releases of SGLang it does."
+                )
+            module.layer_id = int(place[1])
+            told.add(module.layer_id)
+    return sorted(told)
 
 
 def facts(runner: Any) -> dict[str, Any]:
     """The facts of `_core.Writer` about this runner's model; no KV slots where they tell nothing of a prefix.
 
-    Raises UnsupportedModelError if the configuration does not say how many experts there are.
+    Raises UnsupportedModelError if the configuration does not say how many experts there are, or nothing which layer
+    one is.
     """
     import sglang
 
@@ -77,8 +97,9 @@ def _slots_are_lasting(runner: Any) -> bool:
 
 
 def largest_forward(runner: Any) -> int:
-    """Rows of the largest forward: a chunk of prompts, or the largest graph, with all that decode beside it."""
+    """Rows of the largest forward: a chunk of prompts, or the largest graph, beside all that decode or verify."""
     args = runner.server_args
     chunk = getattr(args, "chunked_prefill_size", None) or 0
     prefill = chunk if chunk > 0 else getattr(args, "max_prefill_tokens", 0) or 16384
-    return int(max(prefill, 4096) + runner.max_running_requests)
+    drafted = getattr(args, "speculative_num_draft_tokens", None) or 1
+    return int(max(prefill, 4096) + runner.max_running_requests * drafted)

@@ -1,0 +1,83 @@
+"""What a runner says of its model: which layers route, and how large a forward may be."""
+
+import sys
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from expert_lens.engines.sglang import model
+from expert_lens.errors import UnsupportedModelError
+
+
+class TopK(torch.nn.Module):
+    """SGLang's: told which layer it is of, or not."""
+
+    def __init__(self, layer_id: int | None = None) -> None:
+        super().__init__()
+        self.layer_id = layer_id
+
+
+@pytest.fixture
+def model_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    topk = ModuleType("topk")
+    topk.__dict__["TopK"] = TopK
+    for name in ("sglang", "sglang.srt", "sglang.srt.layers", "sglang.srt.layers.moe"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "sglang.srt.layers.moe.topk", topk)
+
+    def make(*layers: Any) -> Any:
+        """A decoder of these layers: None for a dense one, or what its `TopK` is told."""
+        decoder = torch.nn.Module()
+        decoder.layers = torch.nn.ModuleList()
+        for told in layers:
+            layer = torch.nn.Module()
+            layer.mlp = torch.nn.Module()
+            if told is not None:
+                layer.mlp.topk = TopK(*told)
+            decoder.layers.append(layer)
+        whole = torch.nn.Module()
+        whole.model = decoder
+        return whole
+
+    return make
+
+
+def test_layers_tell_which_they_are(model_of: Callable[..., Any]) -> None:
+    assert model._routed_layers(model_of(None, [1], None, [3])) == [1, 3]
+    assert model._routed_layers(model_of(None, None)) == []
+
+
+def test_layers_that_do_not_tell_are_told_by_their_place(model_of: Callable[..., Any]) -> None:
+    made = model_of([], None, [], [])
+    assert model._routed_layers(made) == [0, 2, 3]
+    assert [layer.mlp.topk.layer_id for layer in made.model.layers if hasattr(layer.mlp, "topk")] == [0, 2, 3]
+
+
+def test_a_place_that_tells_nothing_is_refused(model_of: Callable[..., Any]) -> None:
+    made = model_of([0])
+    made.model.layers[0].other = TopK()
+    with pytest.raises(
+        UnsupportedModelError, match=r"model.layers.0.other of Module chooses experts and does not tell"
+    ):
+        model._routed_layers(made)
+    made = model_of([0])
+    made.router = TopK()
+    with pytest.raises(UnsupportedModelError, match="router of Module"):
+        model._routed_layers(made)
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({"chunked_prefill_size": 8192}, 8192 + 256),
+        ({"chunked_prefill_size": 128}, 4096 + 256),
+        ({"chunked_prefill_size": -1, "max_prefill_tokens": 30_000}, 30_000 + 256),
+        ({"chunked_prefill_size": 8192, "speculative_num_draft_tokens": 64}, 8192 + 256 * 64),
+    ],
+)
+def test_the_largest_forward_has_room(options: dict[str, int], rows: int) -> None:
+    runner = SimpleNamespace(server_args=SimpleNamespace(**options), max_running_requests=256)
+    assert model.largest_forward(runner) == rows
