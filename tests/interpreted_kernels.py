@@ -24,7 +24,8 @@ arenas_at_release: list[Any] = []
 def store_plainly(address: Any, value: Any) -> None:
     """The interpreter knows no assembly; and what it stores, others see in order. Keeps what they see behind this."""
     tl.store(address.to(tl.pointer_type(tl.int64)), value)
-    arenas_at_release.append(Graph.current.arena.copy())
+    if address.handle.data.item() != Graph.current.taken.ctypes.data:
+        arenas_at_release.append(Graph.current.arena.copy())
 
 
 kernels.__dict__["_store_release"] = store_plainly
@@ -85,10 +86,11 @@ class Graph:
         column_blocks = blocks(self.max_rows, 2) if any(column is not None for column in columns) else 0
         weight_blocks = blocks(num_ids, 4) if self.weights else 0
         table = self.table.ctypes.data
-        kernels.take_post[(1,)](self.entries.ctypes.data, self.state.ctypes.data, ENTRIES)
+        addresses = (self.entries.ctypes.data, self.state.ctypes.data, self.taken.ctypes.data)
+        kernels.take_post[(1,)](*addresses, ENTRIES)
+        assert self.taken[0] == self.state[0], "told as soon as the post is taken"
         kernels.publish_rows[(id_blocks + column_blocks + weight_blocks,)](
             self.state.ctypes.data,
-            self.taken.ctypes.data,
             table,
             table + 8 * self.layers if self.weights else None,
             *columns,

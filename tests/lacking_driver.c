@@ -16,6 +16,7 @@
 #define OF_NO_USE(name) int name(void) { return NOT_SUPPORTED; }
 
 static int pinned, retained, events;
+static uintptr_t streams = 0x1000;
 
 static int lacks(const char *what) {
     const char *list = getenv("LACKS");
@@ -38,7 +39,7 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
 }
 int cuDevicePrimaryCtxRetain(void **context, int device) { *context = &retained; retained++; return device; }
 int cuDevicePrimaryCtxRelease_v2(int device) { retained--; return device; }
-int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = !lacks("context"); return device; }
+int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = retained > 0 && !lacks("context"); return device; }
 int cuCtxGetCurrent(void **context) { *context = NULL; return 0; }
 int cuCtxPushCurrent_v2(void *context) { return context != &retained; }
 int cuCtxPopCurrent_v2(void **context) { *context = &retained; return 0; }
@@ -65,6 +66,7 @@ int cuStreamWriteValue64_v2(void *stream, uint64_t at, uint64_t value, unsigned 
     __atomic_store_n((uint64_t *)at, value, __ATOMIC_RELEASE);
     return 0;
 }
+int cuStreamCreate(void **made, unsigned flags) { *made = (void *)++streams; return flags != 1; }
 int cuEventCreate(void **made, unsigned flags) { *made = calloc(1, sizeof(int)); events++; return flags != 2; }
 int cuEventRecord(void *event, void *stream) { *(int *)event = 3; return stream != NULL; }
 int cuEventQuery(void *event) { return --*(int *)event <= 0 ? 0 : NOT_READY; }
@@ -75,6 +77,5 @@ OF_NO_USE(cuMemcpyHtoDAsync_v2)
 OF_NO_USE(cuMemsetD32Async)
 OF_NO_USE(cuMemAlloc_v2)
 OF_NO_USE(cuMemFree_v2)
-OF_NO_USE(cuStreamCreate)
 OF_NO_USE(cuStreamDestroy_v2)
 OF_NO_USE(cuStreamSynchronize)

@@ -3,6 +3,7 @@
 No device at hand lacks any of it, so a driver that does stands in for libcuda.so.1 (`lacking_driver.c`).
 """
 
+import json
 import os
 import re
 import subprocess
@@ -34,6 +35,7 @@ try:
         writer.publish_device(64, 2, positions, device=0, stream=0)  # 64 is no address
 except CudaError as error:
     print(error)
+assert collector.stats()["publisher"] == writer.publisher
 print(writer.publisher)
 began = time.monotonic()
 writer.close()
@@ -49,16 +51,35 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+STREAMS = """
+from expert_lens._core import Writer
+
+facts = {"layers": [0], "num_experts": 4, "top_k": 1}
+first, beside = Writer("first", **facts), Writer("beside", **facts)
+streams = [first.stream(0), first.stream(0), beside.stream(0)]
+first.close()
+streams.append(beside.stream(0))
+beside.close()
+streams.append(Writer("behind", **facts).stream(0))
+print(streams)
+"""
+
+
+def run(libraries: Path, lacks: str, code: str) -> Any:
+    """The process that ran the code with a device that lacks this."""
+    env = {**os.environ, "LD_LIBRARY_PATH": str(libraries), "LACKS": lacks}
+    env.pop("EXPERT_LENS_PUBLISHER", None)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def publish(libraries: Path, lacks: str, *, refused: bool = False, left: str = "0 pinned, 0 retained, 0 events") -> Any:
     """The publisher of a process with a device that lacks this, and the error that it got.
 
     `refused`: whether its last record is one that the driver refuses. `left`: what there is of it when it ends.
     """
-    env = {**os.environ, "LD_LIBRARY_PATH": str(libraries), "LACKS": lacks}
-    env.pop("EXPERT_LENS_PUBLISHER", None)
-    code = f"REFUSED = {refused}\n{PUBLISH}"
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    done = run(libraries, lacks, f"REFUSED = {refused}\n{PUBLISH}")
     assert re.search(f"left: {left}$", done.stderr, re.MULTILINE), done.stderr
     said, _, publisher = done.stdout.strip().rpartition("\n")
     return publisher, said
@@ -96,3 +117,9 @@ def test_a_record_that_is_refused_keeps_nobody_from_closing(libraries: Path, lac
 def test_of_a_context_that_was_reset_nothing_is_given_back(libraries: Path) -> None:
     """What was pinned and made in it is gone; to name it once more would name something else."""
     assert publish(libraries, "122 context", left="1 pinned, 0 retained, [1-3] events") == ("event", "")
+
+
+def test_a_stream_is_not_given_out_once_its_context_is_gone(libraries: Path) -> None:
+    """One for all writers on a device, and another when nobody has retained the context in between."""
+    streams = json.loads(run(libraries, "", STREAMS).stdout)
+    assert streams == [streams[0]] * 4 + [streams[0] + 1]

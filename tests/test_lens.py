@@ -90,6 +90,7 @@ def test_missing_rows_are_an_error_that_lists_them_or_filled() -> None:
         assert frame["position"].to_list() == list(range(6))
         assert frame["step"].to_list() == [None] * 3 + [0] * 3
         assert lens.stats["missing_tokens"] == 3
+        assert lens.stats["publisher"] == "host"
         assert lens.requests()["missing"].item() == 3
 
 

@@ -77,8 +77,8 @@ class GraphStep(ABC):
         """Launch one replay, by `launch()` on the current stream, and publish its rows; None: it has none.
 
         Every replay must come by here while the capture is on, in the order of the launches: one that does not may be
-        taken for another, until the capture notices, one step later, and switches itself off. What `launch` raises is
-        passed on; if the replay ran all the same its rows may be there, whole, or not, and count as dropped.
+        taken for another, until the capture notices, at the first replay before which all others have begun, and
+        switches itself off. What `launch` raises is passed on; if the replay ran all the same its rows may be there, whole, or not, and count as dropped.
         """
 
     def _active_tap(self, rows: ReplayRows | None) -> Tap | None:
@@ -206,7 +206,8 @@ class _ByKernels(GraphStep):
 
         self._mailbox = mailbox
         self._beside = torch.cuda.ExternalStream(mailbox.stream)  # type: ignore[no-untyped-call]
-        self._take = partial(kernels.take_post[(1,)], mailbox.entries, mailbox.state, MAILBOX_ENTRIES, num_warps=1)
+        addresses = (mailbox.entries, mailbox.state, mailbox.taken)
+        self._take = partial(kernels.take_post[(1,)], *addresses, MAILBOX_ENTRIES, num_warps=1)
         self._publish: Callable[[], Any] | None = partial(_publish, tap, inputs, mailbox)
         with relaxed_capture(), torch.cuda.stream(self._beside):
             self._take()
@@ -308,7 +309,6 @@ def _publish(tap: Tap, inputs: _Inputs, mailbox: Mailbox) -> None:
     weight_blocks = blocks(num_ids, 4) if weights else 0
     kernels.publish_rows[(id_blocks + column_blocks + weight_blocks,)](
         mailbox.state,
-        mailbox.taken,
         mailbox.table,
         mailbox.table + 8 * len(ids) if weights else None,
         columns.token_ids,

@@ -1,8 +1,8 @@
 """The kernels by which a CUDA graph publishes: recorded beside a forward, replayed with it.
 
 `take_post` reads, in one warp, where this replay is to write: reads of one host address are served one after another,
-so that no more threads than needed may read it. `publish_rows` packs the rows of all layers and writes them straight
-into the arena; its last block stores the sequence number.
+so that no more threads than needed may read it; then it tells the CPU that it has. `publish_rows` packs the rows of all
+layers and writes them straight into the arena; its last block stores the sequence number.
 
 *Why a reader that sees the number sees the rows.* Every block stores its part, waits for all of its threads
 (`bar.sync`), and adds one to the count of finished blocks with acquire-release semantics at GPU scope. The block that
@@ -25,11 +25,33 @@ BLOCK_WORDS = 128
 
 
 @triton.jit
-def take_post(entries, state, NUM_ENTRIES: tl.constexpr):
+def _store_release(address, value):
+    """Store 8 bytes with release semantics at system scope, by the block's first thread."""
+    tl.inline_asm_elementwise(
+        """
+        {
+            .reg .pred first;
+            .reg .u32 thread;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 first, thread, 0;
+            @first st.release.sys.global.u64 [$1], $2;
+            mov.u32 $0, 0;
+        }
+        """,
+        "=r,l,l",
+        [address, value],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def take_post(entries, state, taken, NUM_ENTRIES: tl.constexpr):
     """Count this replay, and copy its post into the state; without one, state it to have no rows. One warp.
 
-    `entries`, `state`: addresses; an entry is [replay, rows, payload, sequence, value, ...], words of 8 bytes, and so
-    is the beginning of the state.
+    `entries`, `state`, `taken`: addresses; an entry is [replay, rows, payload, sequence, value, ...], words of 8 bytes,
+    and so is the beginning of the state. The count is told at `taken`: whoever sees it may fill the entry again.
     """
     begin = state.to(tl.pointer_type(tl.int64))
     replay = tl.load(begin) + 1
@@ -39,6 +61,8 @@ def take_post(entries, state, NUM_ENTRIES: tl.constexpr):
     posted = tl.sum(tl.where(lane == 0, words, 0), axis=0)
     words = tl.where((lane == 1) & (posted != replay), 0, words)
     tl.store(begin + lane, tl.where(lane == 0, replay, words))
+    tl.debug_barrier()  # every lane has read its word
+    _store_release(taken, replay)
 
 
 @triton.jit
@@ -70,32 +94,9 @@ def _column(source, word, num_rows):
     return _join(tl.load(source + at, mask=at < num_rows, other=0), 2)
 
 
-@triton.jit
-def _store_release(address, value):
-    """Store 8 bytes with release semantics at system scope, by the block's first thread."""
-    tl.inline_asm_elementwise(
-        """
-        {
-            .reg .pred first;
-            .reg .u32 thread;
-            mov.u32 thread, %tid.x;
-            setp.eq.u32 first, thread, 0;
-            @first st.release.sys.global.u64 [$1], $2;
-            mov.u32 $0, 0;
-        }
-        """,
-        "=r,l,l",
-        [address, value],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 @triton.jit(do_not_specialize=["id_blocks", "column_blocks"])
 def publish_rows(
     state,
-    taken,
     id_table,
     weight_table,
     token_ids,
@@ -114,16 +115,13 @@ def publish_rows(
 ):
     """Write the sections of the rows that the state says, and the sequence number behind them.
 
-    `state`, `taken`, `id_table`, `weight_table`: addresses; a table holds the address of one tensor [n, K] a layer.
+    `state`, `id_table`, `weight_table`: addresses; a table holds the address of one tensor [n, K] a layer.
     `weight_table`, `token_ids`, `positions`, `kv_slots`: None where this graph does not write that section; positions
     have their place all the same. Blocks: the first `id_blocks` write ids, the next `column_blocks` columns, the others
     weights.
     """
     block = tl.program_id(0)
     begin = state.to(tl.pointer_type(tl.int64))
-    if block == 0:
-        # Here and not in `take_post`: an entry may be filled again once this is seen, so it must have been read.
-        tl.store(taken.to(tl.pointer_type(tl.int64)), tl.load(begin))
     num_rows = tl.load(begin + 1).to(tl.int32)
     if num_rows > 0:
         payload = tl.load(begin + 2).to(tl.pointer_type(tl.int64))

@@ -6,12 +6,13 @@
 //! writes nothing, and cannot take the post of another. Both sides count: the device in memory of its own, one further at
 //! every replay; the CPU here, one further for every replay that it posts for or passes over. **Every replay must be counted
 //! here before it is launched**, in the order of the launches. The device tells its count back in the word behind the
-//! entries, so that one that passed by is noticed: by the next call if it has run by then, else by the one after that, and
-//! until then it may have taken a post.
+//! entries as soon as a replay has begun, so one that passed by is noticed by the first post at which all that was launched
+//! before has begun; until then it may have taken a post. Whoever is two launches ahead at every post gives no such moment.
 //!
 //! *Order.* The post is stored before the call that launches the replay; the launch rings the device's doorbell by a store
-//! behind it, x86-64 keeps stores in order, and the device reads host memory only from then on. An entry is filled again
-//! only when the device's count says that it was taken: that count is told when the entry has been read.
+//! behind it, x86-64 keeps stores in order (no other processor is taken, see `cuda::driver`), and the device reads host
+//! memory only from then on. An entry is filled again only when the device's count says that it was taken: that count is
+//! told when the entry has been read.
 
 use crate::error::{Error, Result};
 use crate::memory::Memory;
@@ -262,5 +263,18 @@ mod tests {
         device.replay();
         device.replay();
         assert!(posts.advance().unwrap_err().to_string().contains("replayed 2 times, of which 1 passed by"));
+    }
+
+    #[test]
+    fn a_replay_that_passed_by_is_noticed_once_all_have_begun() {
+        let (mut posts, mut device) = both();
+        assert!(posts.advance().unwrap());
+        device.replay(); // the one that passes by, ahead of the first
+        for _ in 0..10 {
+            assert!(posts.advance().unwrap(), "one that was launched has not begun yet");
+            device.replay();
+        }
+        device.replay();
+        assert!(posts.advance().unwrap_err().to_string().contains("replayed 12 times, of which 1 passed by"));
     }
 }

@@ -249,7 +249,7 @@ mod models {
         });
     }
 
-    /// A device takes posts while the CPU refills their entries: each replay finds its own post, whole, or none.
+    /// A device takes posts while the CPU refills their entries and cancels one: each replay finds its own, whole, or none.
     #[test]
     fn a_post_is_taken_whole_by_its_own_replay() {
         const FEW: usize = 2;
@@ -279,12 +279,20 @@ mod models {
             };
             let mut posts = Posts::new(Arc::clone(&memory), FEW);
             for replay in 1..=REPLAYS {
-                if replay == 2 {
+                let posted = if replay == 2 {
                     posts.pass_over();
-                } else if posts.advance().unwrap() {
+                    false
+                } else {
+                    posts.advance().unwrap()
+                };
+                if posted {
                     posts.post(Post { rows: replay, payload: 0, sequence: 0, value: replay }, replay);
                 }
                 launched.store(replay, Ordering::Release);
+                if replay == 3 {
+                    // The launch has raised although the replay runs: the device takes the post, whole, or finds none.
+                    assert_eq!(posts.cancel(), posted.then_some(replay));
+                }
             }
             device.join().unwrap();
         });

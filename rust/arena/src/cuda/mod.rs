@@ -6,9 +6,10 @@
 //!
 //! * **Graph**: kernels in the engine's CUDA graph write the rows and store the number with a system-scope release; where
 //!   to, they read from a [`Mailbox`]. No call of the driver a step.
-//! * **Stream**: `cuStreamWriteValue64` behind the copies. Without `CU_STREAM_WRITE_VALUE_NO_MEMORY_BARRIER` it is preceded
-//!   by a system-wide memory fence that covers them (CUDA driver API, "Stream Memory Operations"), so whoever sees the
-//!   number with an acquire load sees the rows.
+//! * **Stream**: `cuStreamWriteValue64` behind the copies. It is preceded by a memory fence, "similar semantics to
+//!   `__threadfence_system()` but scoped to the stream" (CUDA driver API, "Types used by CUDA driver",
+//!   `CU_STREAM_WRITE_VALUE_NO_MEMORY_BARRIER`, a flag that the v2 call has not), and they came before it on that stream: so
+//!   whoever sees the number with an acquire load sees the rows.
 //! * **Event**, where a device lacks those operations or `EXPERT_LENS_PUBLISHER=event` asks: an event behind the copies,
 //!   and a thread of ours that queries it and stores the number with release. A completed event makes what the stream did
 //!   before it visible to the host ("Event Management", `cuEventQuery`).
@@ -147,7 +148,7 @@ impl Pinned {
         self.device(ordinal).map(|_| ())
     }
 
-    /// A raw stream of our own on a device: one for all arenas, and for as long as the process runs, since whoever was told
+    /// A raw stream of our own on a device: one for all arenas, and for as long as its context lives, since whoever was told
     /// that some memory is used on it may look at it once more when he gives that memory back.
     pub fn stream(&mut self, ordinal: i32) -> Result<u64> {
         let at = self.device(ordinal)?;
@@ -306,6 +307,7 @@ impl Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         self.watcher = None;
+        self.refused.clear(); // while their contexts live
         let (driver, address) = (self.driver, self.memory.address());
         let _relaxed = driver.relax();
         // If a context was reset before us, what was made in it is gone.
@@ -318,12 +320,13 @@ impl Drop for Pinned {
             let _ = driver.within(device.context, unpin);
         }
         let mut streams = STREAMS.lock().unwrap_or_else(PoisonError::into_inner);
-        streams.retain(|&(device, _)| self.devices.iter().all(|one| one.device != device || driver.is_active(device)));
         for device in &self.devices {
             // SAFETY: retained in `add`, once for each entry. A reset does not release it (CUDA driver API, "Primary Context
             // Management", `cuDevicePrimaryCtxReset`).
             unsafe { (driver.release_context)(device.device) };
         }
+        // A stream goes with its context, which this may have been the last one to retain.
+        streams.retain(|&(device, _)| self.devices.iter().all(|one| one.device != device || driver.is_active(device)));
     }
 }
 
@@ -363,8 +366,7 @@ impl Landing for OnStream<'_> {
         assert!(at < memory.len(), "the writer publishes in its arena");
         let said = match watcher {
             Some(watcher) if device.by_event => watcher.watch(stream, device.device, at, value, None),
-            // SAFETY: the word lies in the pinned mapping, where the device knows it as `base + at * 8`. Flag 0 keeps the
-            // barrier before the store.
+            // SAFETY: the word lies in the pinned mapping, where the device knows it as `base + at * 8`. Flags must be 0.
             _ => driver.check("cuStreamWriteValue64", unsafe {
                 (driver.write_value)(stream, device.base + at as u64 * 8, value, 0)
             }),
