@@ -22,7 +22,6 @@ from expert_lens.types import (
 __all__ = [
     "DEBUG_BUILD",
     "LAYOUT_VERSION",
-    "MAILBOX_ENTRIES",
     "MISSING",
     "NO_SLOT",
     "NO_TOKEN",
@@ -207,11 +206,13 @@ class Writer:
         Returns as `publish`. Raises OptionError as `set_batch`, and when there are not n of them.
         """
 
-    def mailbox(self, device: int, table: Sequence[int]) -> Mailbox | None:
+    def mailbox(self, device: int, table: Sequence[int], *, entries: int = 512) -> Mailbox | None:
         """A mailbox for a CUDA graph of that device, with `table` (64-bit values) behind its state; before or while the
         graph is captured. None if EXPERT_LENS_PUBLISHER asks for another way to publish.
 
-        Raises CudaError when the driver refuses.
+        entries: replays that may be on their way at once; what goes beyond gives no rows, and they count as dropped.
+
+        Raises CudaError when the driver refuses, OptionError for no entries.
         """
 
     def publish_graph(self, mailbox: Mailbox) -> bool:
@@ -294,8 +295,12 @@ class Mailbox:
         """A raw stream of its own, on which nothing else runs."""
 
     @property
+    def num_entries(self) -> int:
+        """How many entries it has."""
+
+    @property
     def entries(self) -> int:
-        """Address of MAILBOX_ENTRIES entries of 64 bytes, in host memory."""
+        """Address of its entries, of 64 bytes each, in host memory."""
 
     @property
     def taken(self) -> int:
@@ -425,8 +430,6 @@ MISSING: Final[int]
 """Phase of a position whose row is missing."""
 NO_SLOT: Final[int]
 """In RowBlock.kv_slots: the engine did not tell."""
-MAILBOX_ENTRIES: Final[int]
-"""Replays of a graph that may be on their way at once; what goes beyond gives no rows, and they count as dropped."""
 NO_TOKEN: Final[int]
 """Token id of a row whose engine did not tell it."""
 

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from expert_lens._core import MAILBOX_ENTRIES
 from expert_lens.errors import UnsupportedModelError
 from expert_lens.tap import U32, Rows, Step, Tap, relaxed_capture
 
@@ -78,7 +77,8 @@ class GraphStep(ABC):
 
         Every replay must come by here while the capture is on, in the order of the launches: one that does not may be
         taken for another, until the capture notices, at the first replay before which all others have begun, and
-        switches itself off. What `launch` raises is passed on; if the replay ran all the same its rows may be there, whole, or not, and count as dropped.
+        switches itself off. What `launch` raises is passed on; if the replay ran all the same its rows may be there,
+        whole, or not, and count as dropped.
         """
 
     def _active_tap(self, rows: ReplayRows | None) -> Tap | None:
@@ -207,7 +207,7 @@ class _ByKernels(GraphStep):
         self._mailbox = mailbox
         self._beside = torch.cuda.ExternalStream(mailbox.stream)  # type: ignore[no-untyped-call]
         addresses = (mailbox.entries, mailbox.state, mailbox.taken)
-        self._take = partial(kernels.take_post[(1,)], *addresses, MAILBOX_ENTRIES, num_warps=1)
+        self._take = partial(kernels.take_post[(1,)], *addresses, mailbox.num_entries, num_warps=1)
         self._publish: Callable[[], Any] | None = partial(_publish, tap, inputs, mailbox)
         with relaxed_capture(), torch.cuda.stream(self._beside):
             self._take()

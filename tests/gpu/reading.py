@@ -9,13 +9,13 @@ import sys
 import numpy as np
 from patterns import expected
 
-from expert_lens._core import RowStream
+from expert_lens._core import NO_SLOT, RowStream
 
 
 def main(capture: str, num_experts: int, rows_a_block: int) -> None:
     stream = RowStream(capture)
     print("ready", flush=True)
-    rows = wrong = wrong_tokens = corrupt = 0
+    rows = wrong = wrong_tokens = wrong_slots = corrupt = 0
     steps = set()
     over = False
     while not over:
@@ -25,13 +25,16 @@ def main(capture: str, num_experts: int, rows_a_block: int) -> None:
             (block["experts"] != expected(block["steps"], block["positions"], num_experts)).any(axis=(1, 2)).sum()
         )
         wrong_tokens += int((block["token_ids"] != block["positions"] + block["steps"] % 1000).sum())
+        slots, told = block["kv_slots"], block["kv_slots"] != NO_SLOT
+        wrong_slots += int((slots != block["positions"] * 3 + block["steps"])[told].sum())
         rows += len(block["steps"])
         corrupt += block["corrupt"]
         steps.update(np.unique(block["steps"]).tolist())
         stream.release()
     assert "torch" not in sys.modules
-    found = {"rows": rows, "steps": len(steps), "wrong": wrong, "wrong_tokens": wrong_tokens, "corrupt": corrupt}
-    print(json.dumps({**found, "dropped": stream.dropped_tokens}), flush=True)
+    wrongs = {"wrong": wrong, "wrong_tokens": wrong_tokens, "wrong_slots": wrong_slots, "corrupt": corrupt}
+    found = {"rows": rows, "steps": len(steps), **wrongs, "dropped": stream.dropped_tokens}
+    print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

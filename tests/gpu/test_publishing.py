@@ -187,7 +187,7 @@ def test_stress(way: str) -> None:
     writer.close()
     found = report(reader)
     assert found == {
-        "rows": sent, "steps": STEPS, "wrong": 0, "wrong_tokens": 0, "corrupt": 0, "dropped": 0,
+        "rows": sent, "steps": STEPS, "wrong": 0, "wrong_tokens": 0, "wrong_slots": 0, "corrupt": 0, "dropped": 0,
     }  # fmt: skip
     assert writer.publisher == way
 

@@ -135,12 +135,13 @@ impl Publisher {
     }
 
     /// Make a mailbox for a CUDA graph of that device, before or while it is captured; `table` (addresses of device
-    /// memory, say) stands behind its state. None if `EXPERT_LENS_PUBLISHER` asks for another way to publish.
+    /// memory, say) stands behind its state, and `entries` posts may wait. None if `EXPERT_LENS_PUBLISHER`
+    /// asks for another way to publish.
     ///
     /// # Errors
-    /// [`Error::Cuda`] when the driver refuses.
-    pub fn mailbox(&mut self, device: i32, table: &[u64]) -> Result<Option<Mailbox>> {
-        pin(&mut self.pinned, &self.memory)?.mailbox(device, table)
+    /// [`Error::Cuda`] when the driver refuses, [`Error::Invalid`] for no entries.
+    pub fn mailbox(&mut self, device: i32, table: &[u64], entries: usize) -> Result<Option<Mailbox>> {
+        pin(&mut self.pinned, &self.memory)?.mailbox(device, table, entries)
     }
 
     /// Publish the rows that the next replay of the mailbox's graph writes. The replay must be launched next; if that

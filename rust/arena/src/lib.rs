@@ -66,7 +66,6 @@ pub use cuda::{Mailbox, Way, exchange_capture_mode};
 pub use error::{Error, Result};
 pub use layout::{Facts, Header, LAYOUT_VERSION, MAX_EXPERTS, MAX_ID_BYTES, MAX_LAYERS, NO_POSITION, Producer};
 pub use memory::{Mapped, Memory};
-pub use posts::ENTRIES;
 pub use process::is_alive;
 pub use reader::{CachedPrefix, Mode, Reader, Record, Step};
 pub use rows::{DeviceRows, GraphRows, Prefix, Rows, Source};

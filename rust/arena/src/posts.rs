@@ -1,9 +1,9 @@
 //! Posts: how the kernels of a CUDA graph learn, at each replay, where to write.
 //!
 //! A graph replays the same kernels with the same arguments. What changes from one replay to the next, the CPU stores into
-//! an entry, before it launches the replay. Replay number t (the first is 1) finds its post at entry t mod [`ENTRIES`], and
-//! takes it only if the entry says t. So a replay for which nothing was posted (a warm-up, an idle replay, a dropped step)
-//! writes nothing, and cannot take the post of another. Both sides count: the device in memory of its own, one further at
+//! an entry, before it launches the replay. Replay number t (the first is 1) finds its post at entry t mod the number of
+//! entries, and takes it only if the entry says t. So a replay for which nothing was posted (a warm-up, an idle replay, a
+//! dropped step) writes nothing, and cannot take the post of another. Both sides count: the device in memory of its own, one further at
 //! every replay; the CPU here, one further for every replay that it posts for or passes over. **Every replay must be counted
 //! here before it is launched**, in the order of the launches. The device tells its count back in the word behind the
 //! entries as soon as a replay has begun, so one that passed by is noticed by the first post at which all that was launched
@@ -19,9 +19,6 @@ use crate::memory::Memory;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Release};
 
-/// Posts that may wait for their replay; the CPU runs no further ahead of the device, and what is replayed beyond it
-/// gives no rows.
-pub const ENTRIES: usize = 512;
 /// Words of an entry; the last ones are not used: an entry is one 64-byte access of the device.
 pub const ENTRY_WORDS: usize = 8;
 
@@ -58,7 +55,8 @@ pub struct Post {
     pub value: u64,
 }
 
-/// The CPU's side of one graph's posts.
+/// The CPU's side of one graph's posts. As many may wait for their replay as there are entries: the CPU runs no further
+/// ahead of the device, and what is replayed beyond it gives no rows.
 pub struct Posts<M> {
     memory: Arc<M>,
     entries: usize,

@@ -33,7 +33,6 @@ mod _core {
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
         module.add("LAYOUT_VERSION", expert_lens_arena::LAYOUT_VERSION)?;
-        module.add("MAILBOX_ENTRIES", expert_lens_arena::ENTRIES)?;
         module.add("MISSING", expert_lens_arena::collector::MISSING)?;
         module.add("NO_SLOT", expert_lens_arena::collector::NO_SLOT)?;
         module.add("NO_TOKEN", expert_lens_arena::collector::NO_TOKEN)?;

@@ -57,6 +57,11 @@ impl Mailbox {
     }
 
     #[getter]
+    fn num_entries(&self) -> usize {
+        self.inner.num_entries()
+    }
+
+    #[getter]
     fn entries(&self) -> u64 {
         self.inner.entries()
     }

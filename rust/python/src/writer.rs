@@ -297,8 +297,9 @@ impl Writer {
         Ok(published.map_err(to_python)?.dropped == 0)
     }
 
-    fn mailbox(&mut self, device: i32, table: Vec<u64>) -> PyResult<Option<Mailbox>> {
-        let inner = self.open()?.mailbox(device, &table).map_err(to_python)?;
+    #[pyo3(signature = (device, table, *, entries=512))]
+    fn mailbox(&mut self, device: i32, table: Vec<u64>, entries: usize) -> PyResult<Option<Mailbox>> {
+        let inner = self.open()?.mailbox(device, &table, entries).map_err(to_python)?;
         Ok(inner.map(|inner| Mailbox { inner, rows: None }))
     }
 

@@ -7,8 +7,8 @@
 use super::REGISTER_FLAGS;
 use super::driver::{Driver, Handle};
 use crate::error::{Error, Result};
-use crate::memory::Mapped;
-use crate::posts::{ENTRIES, ENTRY_WORDS, Post, Posts, words};
+use crate::memory::{Mapped, Memory};
+use crate::posts::{ENTRY_WORDS, Post, Posts, words};
 use crate::rows::Landing;
 use rustix::fs::{self as sys, MemfdFlags};
 use std::ffi::c_int;
@@ -17,7 +17,6 @@ use std::sync::Arc;
 
 /// Words of the state: what the kernel that takes a post leaves to the one that packs, and how many of its blocks are done.
 const STATE_WORDS: usize = 16;
-const HOST_WORDS: usize = words(ENTRIES);
 
 /// The mailbox of one CUDA graph.
 ///
@@ -28,7 +27,9 @@ pub struct Mailbox {
     /// Its CUdevice and its primary context.
     device: c_int,
     context: usize,
-    /// `HOST_WORDS` words of pinned memory, and where the device finds them.
+    /// How many posts may wait.
+    entries: usize,
+    /// Pinned memory for as many entries, and where the device finds it.
     host: Arc<Mapped>,
     host_on_device: u64,
     /// `STATE_WORDS` words of device memory, and behind them the table.
@@ -40,24 +41,29 @@ pub struct Mailbox {
 }
 
 impl Mailbox {
-    /// Allocate a mailbox on a device, with `table` behind its state. `context` is the device's primary context, which is
-    /// retained once more.
+    /// Allocate a mailbox of so many entries on a device, with `table` behind its state. `context` is the device's primary
+    /// context, which is retained once more.
     pub(super) fn new(
         driver: &'static Driver,
         ordinal: i32,
         device: c_int,
         context: usize,
         table: &[u64],
+        entries: usize,
     ) -> Result<Self> {
-        let host = Arc::new(private_memory()?);
+        if entries == 0 {
+            return Err(Error::invalid("a mailbox of 0 entries; it needs at least one"));
+        }
+        let host = Arc::new(private_memory(words(entries))?);
         let mut retained: Handle = std::ptr::null_mut();
         let _relaxed = driver.relax()?;
         // SAFETY: a place for one handle; given back in `drop`.
         driver.check("cuDevicePrimaryCtxRetain", unsafe { (driver.retain_context)(&mut retained, device) })?;
         let pid = std::process::id();
-        let posts = Posts::new(Arc::clone(&host), ENTRIES);
+        let posts = Posts::new(Arc::clone(&host), entries);
         let (host_on_device, state, stream) = (0, 0, 0);
-        let mut new = Self { driver, ordinal, device, context, host, host_on_device, state, stream, posts, pid };
+        let mut new =
+            Self { driver, ordinal, device, context, entries, host, host_on_device, state, stream, posts, pid };
         driver.within(context, || new.allocate(table))?;
         Ok(new)
     }
@@ -65,10 +71,10 @@ impl Mailbox {
     fn allocate(&mut self, table: &[u64]) -> Result<()> {
         let (driver, address) = (self.driver, self.host.address());
         let first = [vec![0; STATE_WORDS], table.to_vec()].concat();
-        // SAFETY: places for one value each. The mapping is `HOST_WORDS` words, page-aligned, and stays mapped until `drop`
+        // SAFETY: places for one value each. The mapping has these words, is page-aligned, and stays mapped until `drop`
         // has unregistered it; `first` outlives the copy, which has ended when the stream, ours alone, is synchronised.
         unsafe {
-            driver.check("cuMemHostRegister", (driver.register)(address, HOST_WORDS * 8, REGISTER_FLAGS))?;
+            driver.check("cuMemHostRegister", (driver.register)(address, self.host.len() * 8, REGISTER_FLAGS))?;
             driver.check("cuMemHostGetDevicePointer", (driver.device_pointer)(&mut self.host_on_device, address, 0))?;
             driver.check("cuMemAlloc", (driver.device_alloc)(&mut self.state, first.len() * 8))?;
             let stream = driver.create_stream()?;
@@ -86,6 +92,12 @@ impl Mailbox {
         self.ordinal
     }
 
+    /// How many entries it has.
+    #[must_use]
+    pub fn num_entries(&self) -> usize {
+        self.entries
+    }
+
     /// Where the device finds the entries.
     #[must_use]
     pub fn entries(&self) -> u64 {
@@ -95,7 +107,7 @@ impl Mailbox {
     /// Where the device finds the word for its count.
     #[must_use]
     pub fn taken_word(&self) -> u64 {
-        self.host_on_device + (ENTRIES * ENTRY_WORDS) as u64 * 8
+        self.host_on_device + (self.entries * ENTRY_WORDS) as u64 * 8
     }
 
     /// A raw stream of this mailbox's own.
@@ -183,12 +195,12 @@ impl Drop for Mailbox {
     }
 }
 
-/// Memory for a mailbox, all zeros, which no other process can open by a name.
-fn private_memory() -> Result<Mapped> {
+/// So many words for a mailbox, all zeros, which no other process can open by a name.
+fn private_memory(words: usize) -> Result<Mapped> {
     let what = Path::new("a mailbox");
     let file = sys::memfd_create("expert-lens-mailbox", MemfdFlags::CLOEXEC)
         .map_err(|e| Error::io("reserve memory for", what, e))?;
-    sys::ftruncate(&file, HOST_WORDS as u64 * 8).map_err(|e| Error::io("reserve memory for", what, e))?;
+    sys::ftruncate(&file, words as u64 * 8).map_err(|e| Error::io("reserve memory for", what, e))?;
     let map = memmap2::MmapOptions::new().populate().map_raw(&file).map_err(|e| Error::io("map", what, e))?;
     Ok(Mapped::new(map))
 }

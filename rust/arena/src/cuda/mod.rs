@@ -172,14 +172,15 @@ impl Pinned {
         Ok(OnStream { pinned: self, at, stream: stream as usize, _entered: entered })
     }
 
-    /// A mailbox for a graph of that device, with `table` behind its state; None if another way to publish was asked for.
-    pub fn mailbox(&mut self, ordinal: i32, table: &[u64]) -> Result<Option<Mailbox>> {
+    /// A mailbox of so many entries for a graph of that device, with `table` behind its state; None if another way to publish
+    /// was asked for.
+    pub fn mailbox(&mut self, ordinal: i32, table: &[u64], entries: usize) -> Result<Option<Mailbox>> {
         let at = self.device(ordinal)?;
         if self.asked != Asked::Best {
             return Ok(None);
         }
         let Device { device, context, .. } = self.devices[at];
-        Mailbox::new(self.driver, ordinal, device, context, table).map(Some)
+        Mailbox::new(self.driver, ordinal, device, context, table, entries).map(Some)
     }
 
     /// What publishes a step of `rows` rows by the next replay of the mailbox's graph; None if too many replays are on
