@@ -49,7 +49,7 @@ wheel: build ## Build the wheel that test-gpu installs
 	rm -rf dist
 	maturin build --release -q -o dist
 
-test-gpu: ## Run the tests that need a GPU, from dist/*.whl: needs torch with CUDA, numpy and pytest, and no Rust
+test-gpu: ## Run the tests that need a GPU, from dist/*.whl: needs torch with CUDA, transformers, pytest, pytest-timeout and no Rust
 	rm -rf build/gpu
 	$(PYTHON) -m pip install -q --no-deps --no-index --target build/gpu dist/*.whl
 	PYTHONPATH=build/gpu $(PYTHON) -m pytest tests/gpu

@@ -218,10 +218,11 @@ class Writer:
     def publish_graph(self, mailbox: Mailbox) -> bool:
         """Publish the rows that the next replay of the mailbox's graph writes; that replay must be launched next.
 
-        They are those of `Mailbox.set_rows`: the same as in the last replay, or stated anew. No call of the driver.
+        They are those of `Mailbox.set_rows`: the same as in the last replay, or stated anew. No call of the driver. The
+        replay is counted in every case, also if this raises: it writes nothing then.
 
         Returns as `publish`; a step larger than a quarter of the ring is dropped. Raises ValueError as `publish`, or
-        when no rows are stated, and CudaError when replays passed by the mailbox: its replays then write nothing.
+        when no rows are stated, and CudaError when replays passed by the mailbox.
         """
 
     def void(self, record: int, device: int, stream: int) -> None:
@@ -313,10 +314,6 @@ class Mailbox:
     @property
     def table(self) -> int:
         """Address of the table, in device memory."""
-
-    @property
-    def replays(self) -> int:
-        """Replays so far, those passed over included."""
 
 @final
 class Collector:

@@ -446,7 +446,7 @@ class Tap:
         for several times over.
         """
         held = self._take_turn() if self._jobs else self._pop_turn()
-        before = mailbox.replays
+        counted = False
         try:
             if rows is not None and self.active:
                 if held:
@@ -454,16 +454,18 @@ class Tap:
                         if rows.spans is not self._batch or self.lost_tokens:
                             self.set_batch(rows.spans)
                         self._next = None
+                        counted = True  # whatever comes of it
                         self.writer.publish_graph(mailbox)
                     except Exception as error:
                         self.fail(error)
                 else:
                     self.lose(rows.num_rows)
-            if mailbox.replays == before:
+            if not counted:
+                counted = True
                 mailbox.pass_over()
             replay()
         except BaseException:
-            if mailbox.replays != before:
+            if counted:
                 self.guard(lambda: self._retract(mailbox))
             raise
         finally:

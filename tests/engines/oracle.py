@@ -104,7 +104,12 @@ def request_tokens(sequences: torch.Tensor, prompt_mask: torch.Tensor, lengths: 
 
 def replayed(model: Any, tokens: Sequence[int]) -> Array:
     """The rows [n, L, K] of one sequence forwarded alone, whole, and without padding."""
+    return replayed_with_weights(model, tokens)[0]
+
+
+def replayed_with_weights(model: Any, tokens: Sequence[int]) -> tuple[Array, Array]:
+    """As `replayed`, and the weights [n, L, K] with them."""
     oracle = Oracle(model)
     with oracle.watching(), torch.no_grad():
         model(torch.tensor([list(tokens)], device=model.device), use_cache=False)
-    return oracle.ids[0]
+    return oracle.ids[0], oracle.weights[0]

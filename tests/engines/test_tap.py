@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from expert_lens import graphs
-from expert_lens.errors import UnsupportedModelError
+from expert_lens.errors import CudaError, UnsupportedModelError
 from expert_lens.graphs import ReplayRows
 from expert_lens.tap import MAX_WAITING_JOBS, MAX_WAITING_STEPS, Rows, Step, Tap
 
@@ -451,6 +451,22 @@ def test_what_posts_for_a_batch_is_made_ready_once() -> None:
     del tap
     step.replay(lambda: None, four_rows)
     assert mailbox.replays == 6
+
+
+def test_a_post_that_is_refused_ends_the_capture_and_its_replay_is_counted_once() -> None:
+    tap, writer = make_tap()
+    mailbox = NotingMailbox(writer.calls)
+
+    def refuse(mailbox: Any) -> None:
+        mailbox.replays += 1  # as the writer does in every case
+        raise CudaError("replays passed by")
+
+    writer.publish_graph = refuse  # type: ignore[method-assign]
+    step = kernels_of_a_graph(tap, mailbox)
+    with pytest.warns(RuntimeWarning, match="replays passed by"):
+        step.replay(lambda: writer.calls.append(("launch",)), ReplayRows(FOUR_ROWS.spans, 4, POSITIONS))
+    assert mailbox.replays == 1
+    assert writer.names == ["set_batch", "launch", "fail"]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """The truth about continuous batching on a GPU, graphs included, taken another way than the engine side takes it.
 
-The experts' *class* gets another forward, which clones the ids it receives. Inside a capture the clone becomes part of
-the graph; behind each step of the engine, what the clones hold is cloned again on the engine's stream. Nothing waits,
-so that asynchronous batching stays asynchronous. Nothing here is imported from expert_lens.
+The experts' *class* gets another forward, which clones the ids and weights it receives. Inside a capture the clone
+becomes part of the graph; behind each step of the engine, what the clones hold is cloned again on the engine's stream.
+Nothing waits, so that asynchronous batching stays asynchronous. Nothing here is imported from expert_lens.
 """
 
 from collections.abc import Iterator
@@ -23,8 +23,9 @@ class GraphOracle:
     def __init__(self, model: Any) -> None:
         self._modules = experts_modules(model)
         self._batches = Batches()
-        self._seen: list[Any] = []
-        self._steps: list[Any] = []
+        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """A layer's ids and weights, one layer behind the other."""
+        self._steps: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._of_graph: dict[Any, list[Any]] = {}
         self._captured: Any = None
         self._replayed: Any = None
@@ -39,7 +40,7 @@ class GraphOracle:
 
         def watched_forward(module: Any, hidden_states: Any, ids: Any, weights: Any) -> Any:
             if id(module) in known:
-                self._seen.append(ids.detach().clone())
+                self._seen.append((ids.detach().clone(), weights.detach().clone()))
             return forward(module, hidden_states, ids, weights)
 
         def watched_begin(graph: Any, *args: Any, **kwargs: Any) -> Any:
@@ -58,9 +59,10 @@ class GraphOracle:
             if self._captured is not None:
                 self._of_graph[self._captured] = self._seen[count:]
                 assert len(self._seen) == 2 * count
-            ids = self._seen[:count] if self._replayed is None else self._of_graph[self._replayed]
+            seen = self._seen[:count] if self._replayed is None else self._of_graph[self._replayed]
+            ids, weights = zip(*seen, strict=True)
             with torch.cuda.stream(runner.inputs_and_outputs.compute_stream):
-                self._steps.append(torch.stack(ids, 1))
+                self._steps.append((torch.stack(ids, 1), torch.stack(weights, 1)))
 
         experts.forward = watched_forward
         graphs.capture_begin, graphs.replay = watched_begin, watched_replay  # type: ignore[method-assign]
@@ -74,12 +76,19 @@ class GraphOracle:
 
     def rows(self) -> dict[str, dict[int, Array]]:
         """Of each request, the experts by position."""
+        return self._by_position([ids for ids, _ in self._steps])
+
+    def weights(self) -> dict[str, dict[int, Array]]:
+        """Of each request, the weights by position, as f16."""
+        return self._by_position([weights.to(torch.float16) for _, weights in self._steps])
+
+    def _by_position(self, steps: list[torch.Tensor]) -> dict[str, dict[int, Array]]:
         torch.cuda.synchronize()
         result: dict[str, dict[int, Array]] = {}
-        for batch, step in zip(self._batches.batches, self._steps, strict=True):
-            ids, start = step.cpu().numpy(), 0
+        for batch, step in zip(self._batches.batches, steps, strict=True):
+            rows, start = step.cpu().numpy(), 0
             for request, position, length in batch:
                 held = result.setdefault(request, {})
-                held.update({position + i: ids[start + i] for i in range(length)})
+                held.update({position + i: rows[start + i] for i in range(length)})
                 start += length
         return result

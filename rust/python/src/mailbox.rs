@@ -90,11 +90,6 @@ impl Mailbox {
     fn table(&self) -> u64 {
         self.inner.table()
     }
-
-    #[getter]
-    fn replays(&self) -> u64 {
-        self.inner.replays()
-    }
 }
 
 /// Set how this thread's calls stand to stream captures; gives how they stood.

@@ -39,6 +39,20 @@ impl Writer {
     fn open(&mut self) -> PyResult<&mut Publisher> {
         self.publisher.as_mut().ok_or_else(closed)
     }
+
+    /// Post the rows that are stated for the next replay of the mailbox's graph.
+    fn post(&mut self, py: Python<'_>, mailbox: &mut Mailbox) -> PyResult<bool> {
+        let waits = self.waits;
+        let publisher = self.open()?;
+        let Mailbox { inner, rows } = mailbox;
+        let rows = rows.as_ref().map(ReplayRows::as_graph_rows);
+        let rows = rows.ok_or_else(|| PyValueError::new_err("no rows are stated; Mailbox.set_rows comes first"))?;
+        // SAFETY: the stub asks the caller for kernels that write these sections for so many rows.
+        #[expect(unsafe_code, reason = "the kernels are Python's")]
+        let mut publish = || unsafe { publisher.publish_graph(inner, &rows) };
+        let published = if waits { py.detach(publish) } else { publish() };
+        Ok(published.map_err(to_python)?.dropped == 0)
+    }
 }
 
 fn spans_of(spans: Vec<PySpan>) -> PyResult<Vec<Span>> {
@@ -304,16 +318,12 @@ impl Writer {
     }
 
     fn publish_graph(&mut self, py: Python<'_>, mailbox: &mut Mailbox) -> PyResult<bool> {
-        let waits = self.waits;
-        let publisher = self.open()?;
-        let Mailbox { inner, rows } = mailbox;
-        let rows = rows.as_ref().map(ReplayRows::as_graph_rows);
-        let rows = rows.ok_or_else(|| PyValueError::new_err("no rows are stated; Mailbox.set_rows comes first"))?;
-        // SAFETY: the stub asks the caller for kernels that write these sections for so many rows.
-        #[expect(unsafe_code, reason = "the kernels are Python's")]
-        let mut publish = || unsafe { publisher.publish_graph(inner, &rows) };
-        let published = if waits { py.detach(publish) } else { publish() };
-        Ok(published.map_err(to_python)?.dropped == 0)
+        let before = mailbox.inner.replays();
+        let published = self.post(py, mailbox);
+        if mailbox.inner.replays() == before {
+            mailbox.inner.pass_over();
+        }
+        published
     }
 
     fn void(&mut self, record: u64, device: i32, stream: u64) -> PyResult<()> {
