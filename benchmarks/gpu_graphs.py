@@ -166,7 +166,7 @@ def measure_stream(rows: int) -> None:
             end.synchronize()
             if round_ >= 3:
                 took[name].append(begin.elapsed_time(end) * 1e3 / STEPS)
-    assert tap.writer.dropped_tokens == end_tap.writer.dropped_tokens == other_tap.writer.dropped_tokens == 0
+    all_published(tap, end_tap, other_tap, nobodys_tap)
     assert nobodys_tap.writer.steps == 0
     nothing = took.pop("nothing")
     show(f"decode graph, n = {rows}: nothing", "µs a step", nothing)
@@ -174,6 +174,11 @@ def measure_stream(rows: int) -> None:
         added = [value - base for value, base in zip(values, nothing, strict=True)]
         bar = {"bar": "<= 6"} if name == "lens" and rows <= 256 else {}
         show(f"decode graph, n = {rows}: {name}, stream time added", "µs a step", added, **bar)
+
+
+def all_published(*taps: Tap) -> None:
+    """What was measured is what it is called: no capture has ended, and no row was dropped."""
+    assert [(tap.error, tap.writer.dropped_tokens) for tap in taps] == [(None, 0)] * len(taps)
 
 
 class TimedWriter:
@@ -227,7 +232,7 @@ def measure_cpu(rows: int) -> None:
     for name in ways.keys() & ours.keys():
         ours[name] = [took - launch for took, launch in zip(ours[name], launches, strict=True)]
     bars = {"lens": "<= 2", "lens, a new batch": "<= 5"}
-    assert tap.writer.dropped_tokens == new_tap.writer.dropped_tokens == other_tap.writer.dropped_tokens == 0
+    all_published(tap, new_tap, other_tap)
     for name, values in ours.items():
         bar = {"bar": bars[name]} if name in bars else {}
         show(f"decode graph, n = {rows}: {name}, CPU added", "µs a step", values, **bar)
@@ -261,6 +266,7 @@ def measure_latency(way: str) -> None:
             if count > 200:
                 took.append((seen - published) / 1e3)
         reader.stdin.close()
+    all_published(tap)
     show("what a sleep of 20 µs takes, by which the reader looks again", "µs", sleeps)
     ordered = sorted(took)
     more = {"p99": round(ordered[len(ordered) * 99 // 100], 2), "max": round(ordered[-1], 2), "n": len(ordered)}

@@ -60,7 +60,9 @@ streams = [first.stream(0), first.stream(0), beside.stream(0)]
 first.close()
 streams.append(beside.stream(0))
 beside.close()
-streams.append(Writer("behind", **facts).stream(0))
+behind = Writer("behind", **facts)
+streams.append(behind.stream(0))
+behind.close()
 print(streams)
 """
 
@@ -119,7 +121,14 @@ def test_of_a_context_that_was_reset_nothing_is_given_back(libraries: Path) -> N
     assert publish(libraries, "122 context", left="1 pinned, 0 retained, [1-3] events") == ("event", "")
 
 
-def test_a_stream_is_not_given_out_once_its_context_is_gone(libraries: Path) -> None:
-    """One for all writers on a device, and another when nobody has retained the context in between."""
-    streams = json.loads(run(libraries, "", STREAMS).stdout)
-    assert streams == [streams[0]] * 4 + [streams[0] + 1]
+def test_a_stream_and_its_context_outlive_who_asked_for_it(libraries: Path) -> None:
+    """One for all writers on a device; when all of them are closed, its context is retained once, by the stream."""
+    done = run(libraries, "", STREAMS)
+    streams = json.loads(done.stdout)
+    assert streams == [streams[0]] * 5
+    assert re.search("left: 0 pinned, 1 retained, 0 events$", done.stderr, re.MULTILINE)
+
+
+def test_a_stream_of_a_context_that_was_reset_is_not_given_out_again(libraries: Path) -> None:
+    streams = json.loads(run(libraries, "context", STREAMS).stdout)
+    assert streams == [streams[0]] * 3 + [streams[0] + 1, streams[0] + 2]

@@ -153,7 +153,7 @@ class Writer:
 
     def stream(self, device: int) -> int:
         """A raw stream on a CUDA device that is expert_lens's own, so that nobody captures a graph on it: the same for
-        all writers, as long as the process runs.
+        all writers, as long as the process runs and nobody resets the device.
 
         Raises CudaError as `prepare`.
         """
@@ -212,7 +212,7 @@ class Writer:
 
         entries: replays that may be on their way at once; what goes beyond gives no rows, and they count as dropped.
 
-        Raises CudaError when the driver refuses, OptionError for no entries.
+        Raises CudaError when the driver refuses, OptionError for no entries, or more than 65 536.
         """
 
     def publish_graph(self, mailbox: Mailbox) -> bool:

@@ -466,13 +466,34 @@ class Tap:
             replay()
         except BaseException:
             if counted:
-                self.guard(lambda: self._retract(mailbox))
+                active, self.active = self.active, False  # for good if what follows is interrupted, at whatever place
+                self._take_back(mailbox, active)
             raise
         finally:
             if held:
                 self._turn.append(None)
                 if self._jobs:
                     self._run_jobs()
+
+    def _take_back(self, mailbox: Mailbox, active: bool) -> None:
+        """Match posts and replays again behind a replay that has failed, and make its record void.
+
+        Then the capture is on again, if it was; while this is interrupted they may not match.
+        """
+        try:
+            stream = torch.cuda.current_stream(mailbox.device).cuda_stream
+            record = mailbox.retract(stream)
+            if record is not None:  # posted, so that the turn is held
+                self.writer.void(record, mailbox.device, stream)
+        except BaseException as error:
+            self.active = active
+            if isinstance(error, Exception):
+                self.fail(error)
+            else:
+                self.fail(RuntimeError(f"{type(error).__name__} while a replay that had failed was taken back"))
+                raise
+        else:
+            self.active = active
 
     def mailbox(self, device: int, table: Sequence[int]) -> Mailbox | None:
         """`Writer.mailbox`, once whoever publishes just now is done: while a graph is captured there is time to wait.
@@ -488,12 +509,6 @@ class Tap:
             return self.writer.mailbox(device, table)
         finally:
             self._give_turn()
-
-    def _retract(self, mailbox: Mailbox) -> None:
-        stream = torch.cuda.current_stream(mailbox.device).cuda_stream
-        record = mailbox.retract(stream)
-        if record is not None:  # posted, so that the turn is held
-            self.writer.void(record, mailbox.device, stream)
 
     def guard(self, work: Callable[..., Any], *args: Any) -> None:
         """Do something of ours: an error of it ends the capture, and is not the engine's."""

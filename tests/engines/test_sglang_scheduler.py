@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from expert_lens.engines.sglang import contract, plugin
+from expert_lens.engines.sglang import contract, plugin, scheduler
 from expert_lens.engines.sglang.capturer import _is_one_graph
 from expert_lens.engines.sglang.scheduler import SchedulerHooks
 
@@ -165,3 +165,23 @@ def test_a_decode_step_is_one_graph_or_several(
     monkeypatch.setenv("SGLANG_USE_BREAKABLE_CUDA_GRAPH", breakable)
     made = None if backend is None else type(backend, (), {})()
     assert _is_one_graph(SimpleNamespace(backend=made)) is one
+
+
+def test_a_rank_that_publishes_nothing_has_its_layers_told_their_numbers_all_the_same(
+    hooks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are asked for something else than by whom they are captured, so ranks must not differ in it."""
+    moe = ModuleType("moe")
+    moe.__dict__["get_moe_a2a_backend"] = lambda: SimpleNamespace(value="none")
+    for name, module in (("sglang", ModuleType("sglang")), ("sglang.srt", ModuleType("srt"))):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "sglang.srt.layers", ModuleType("layers"))
+    monkeypatch.setitem(sys.modules, "sglang.srt.layers.moe", moe)
+    asked: list[Any] = []
+    monkeypatch.setattr(scheduler.Layout, "of", lambda _: SimpleNamespace(publishing_rank=None))
+    monkeypatch.setattr(scheduler, "refuse_unknown", lambda *_: None)
+    monkeypatch.setattr(scheduler.model, "facts", asked.append)
+    runner, hooks._capturer = SimpleNamespace(server_args=None, is_draft_worker=False), None
+    hooks.after_init(None, runner)
+    assert asked == [runner]
+    assert hooks._capturer is None

@@ -469,6 +469,22 @@ def test_a_post_that_is_refused_ends_the_capture_and_its_replay_is_counted_once(
     assert writer.names == ["set_batch", "launch", "fail"]
 
 
+def test_a_second_interrupt_while_a_replay_is_taken_back_ends_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    tap, writer = make_tap()
+    mailbox = NotingMailbox(writer.calls)
+    step = kernels_of_a_graph(tap, mailbox)
+
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "current_stream", interrupt)
+    with pytest.warns(RuntimeWarning, match="KeyboardInterrupt while a replay"), pytest.raises(KeyboardInterrupt):
+        step.replay(interrupt, ReplayRows(FOUR_ROWS.spans, 4, POSITIONS))
+    assert not tap.active
+    step.replay(lambda: None, ReplayRows(FOUR_ROWS.spans, 4, POSITIONS))
+    assert writer.names == ["set_batch", "post", "fail", "pass over"]
+
+
 @pytest.mark.parametrize(
     ("rows", "says"),
     [

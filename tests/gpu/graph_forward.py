@@ -76,6 +76,7 @@ class GraphForward:
         begun = tap.begin()
         if self.beside and begun is not None and torch.cuda.is_current_stream_capturing():
             begun.mark_beginning()
+        self.run_before()
         if self.counting:
             step.add_(1)
         first = step * PRIME + self.positions * 11
@@ -92,6 +93,9 @@ class GraphForward:
         if not self.columns:
             return {"token_ids": tokens}
         return {"token_ids": tokens, "positions": self.positions, "kv_slots": slots}
+
+    def run_before(self) -> None:
+        """What the forward computes before its layers choose."""
 
     def run_on(self) -> None:
         """What comes behind the last choice, taking memory as the forward did: it must not be that of what is held."""

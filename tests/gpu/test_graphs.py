@@ -548,8 +548,13 @@ def test_replays_that_pass_by_switch_the_capture_off(
 def test_a_replay_that_passes_by_is_noticed_while_it_runs(monkeypatch: pytest.MonkeyPatch, opened: Opened) -> None:
     """As an engine would that launches the next step while one runs."""
     monkeypatch.setenv("EXPERT_LENS_PUBLISHER", GRAPH)
+
+    class Slow(GraphForward):
+        def run_before(self) -> None:
+            torch.cuda._sleep(4_000_000_000)
+
     tap, stream = opened("running")
-    forward = Long(tap, 8)
+    forward = Slow(tap, 8)
     forward.replay(8)
     check(read(stream, 8), 128)
     with torch.cuda.stream(forward.stream):
@@ -559,6 +564,19 @@ def test_a_replay_that_passes_by_is_noticed_while_it_runs(monkeypatch: pytest.Mo
     with pytest.warns(RuntimeWarning, match="1 passed by the capture"):
         forward.replay(8)
     assert isinstance(tap.error, CudaError)
+
+
+def test_a_post_that_is_refused_is_counted(monkeypatch: pytest.MonkeyPatch, opened: Opened) -> None:
+    monkeypatch.setenv("EXPERT_LENS_PUBLISHER", GRAPH)
+    tap, stream = opened("counted")
+    forward = GraphForward(tap, 8)
+    with pytest.raises(ValueError, match="no rows are stated"):
+        tap.writer.publish_graph(forward.recorded._mailbox)  # type: ignore[attr-defined]
+    with torch.cuda.stream(forward.stream):
+        forward.graph.replay()
+    forward.replay(5)
+    check(read(stream, 5), 128)
+    assert tap.error is None
 
 
 @pytest.mark.parametrize("mixed", [False, True])

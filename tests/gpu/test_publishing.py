@@ -438,4 +438,6 @@ def test_two_devices_publish_into_one_arena() -> None:
         sent += rows
     tap.close()
     found = report(reader)
-    assert found == {"rows": sent, "steps": 2000, "wrong": 0, "wrong_tokens": 0, "corrupt": 0, "dropped": 0}
+    assert found == {
+        "rows": sent, "steps": 2000, "wrong": 0, "wrong_tokens": 0, "wrong_slots": 0, "corrupt": 0, "dropped": 0,
+    }  # fmt: skip

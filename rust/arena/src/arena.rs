@@ -88,7 +88,8 @@ impl Publisher {
         pin(&mut self.pinned, &self.memory)?.prepare(device)
     }
 
-    /// A raw stream of our own on that device, on which nobody captures a graph: the same for all of this process, which never ends.
+    /// A raw stream of our own on that device, on which nobody captures a graph: the same for all of this process, for as long
+    /// as it runs and nobody resets the device.
     ///
     /// # Errors
     /// As [`Publisher::prepare`].
@@ -139,7 +140,7 @@ impl Publisher {
     /// asks for another way to publish.
     ///
     /// # Errors
-    /// [`Error::Cuda`] when the driver refuses, [`Error::Invalid`] for no entries.
+    /// [`Error::Cuda`] when the driver refuses, [`Error::Invalid`] for no entries, or more than 65 536.
     pub fn mailbox(&mut self, device: i32, table: &[u64], entries: usize) -> Result<Option<Mailbox>> {
         pin(&mut self.pinned, &self.memory)?.mailbox(device, table, entries)
     }

@@ -10,7 +10,7 @@
 //! before has begun; until then it may have taken a post. Whoever is two launches ahead at every post gives no such moment.
 //!
 //! *Order.* The post is stored before the call that launches the replay; the launch rings the device's doorbell by a store
-//! behind it, x86-64 keeps stores in order (no other processor is taken, see `cuda::driver`), and the device reads host
+//! behind it, x86-64 keeps stores in order (no other processor is taken, see `cuda`), and the device reads host
 //! memory only from then on. An entry is filled again only when the device's count says that it was taken: that count is
 //! told when the entry has been read.
 

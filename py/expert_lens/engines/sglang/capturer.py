@@ -301,9 +301,9 @@ class Capturer:
         if not self._has_warned:
             self._has_warned = True
             log.warning(
-                "expert_lens: a forward in mode %s ran in compiled code, where the rows of %d data-parallel ranks "
-                "cannot be told apart yet; the rows of such forwards count as dropped. Start with "
-                "--cuda-graph-backend-prefill breakable or disabled, and without --enable-torch-compile.",
+                "expert_lens: a forward in mode %s ran in compiled code, or in a graph of ranks with unlike rows, "
+                "where the rows of %d data-parallel ranks cannot be told apart; such forwards count as dropped. Start "
+                "without graphs of prefill, and without --enable-torch-compile.",
                 batch.forward_mode.name,
                 self._layout.attn_dp_size,
             )

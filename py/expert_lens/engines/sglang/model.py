@@ -26,7 +26,8 @@ def _routed_layers(model: Any) -> list[int]:
     """The indices of the model's layers that choose experts by a `TopK`, ascending; empty for a dense model.
 
     Many models of older releases do not tell a `TopK` which layer it is of. It is told so here, by its name in the
-    model, as newer releases do: what it tells a capturer follows from that, and nothing that it computes.
+    model, as newer releases do: what it tells a capturer follows from that, and of what it computes the experts that
+    SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS has it pretend to choose.
 
     Raises UnsupportedModelError if that tells nothing.
     """

@@ -64,10 +64,10 @@ class SchedulerHooks:
 
         layout = Layout.of(runner)
         refuse_unknown(layout, runner.server_args, get_moe_a2a_backend().value)
+        facts = model.facts(runner)  # on every rank, whose layers are told their number alike
         rank = layout.publishing_rank
         if rank is None:
             return
-        facts = model.facts(runner)
         if not facts["layers"]:
             raise NotMoEError(
                 f"{facts['model']} has no layer that chooses experts by SGLang's TopK: it is dense, or routes in a way "

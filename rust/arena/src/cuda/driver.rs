@@ -71,14 +71,8 @@ impl Driver {
     /// Loads the driver, once.
     ///
     /// # Errors
-    /// [`Error::Cuda`] without one, and beside any processor but an x86-64: what a device reads must have been stored in
-    /// order, without fences.
+    /// [`Error::Cuda`] without one.
     pub fn get() -> Result<&'static Self> {
-        if !cfg!(target_arch = "x86_64") {
-            let what =
-                format!("devices publish beside x86-64 processors alone, and this is {}", std::env::consts::ARCH);
-            return Err(Error::Cuda { what });
-        }
         static DRIVER: OnceLock<std::result::Result<Driver, String>> = OnceLock::new();
         let driver = DRIVER.get_or_init(|| {
             let driver = Driver::load().map_err(|error| format!("cannot load {LIBRARY}: {error}"))?;

@@ -15,6 +15,8 @@ use std::ffi::c_int;
 use std::path::Path;
 use std::sync::Arc;
 
+/// More than any engine runs ahead.
+const MAX_ENTRIES: usize = 1 << 16;
 /// Words of the state: what the kernel that takes a post leaves to the one that packs, and how many of its blocks are done.
 const STATE_WORDS: usize = 16;
 
@@ -51,8 +53,8 @@ impl Mailbox {
         table: &[u64],
         entries: usize,
     ) -> Result<Self> {
-        if entries == 0 {
-            return Err(Error::invalid("a mailbox of 0 entries; it needs at least one"));
+        if !(1..=MAX_ENTRIES).contains(&entries) {
+            return Err(Error::invalid(format!("a mailbox of {entries} entries; it has 1 to {MAX_ENTRIES}")));
         }
         let host = Arc::new(private_memory(words(entries))?);
         let mut retained: Handle = std::ptr::null_mut();

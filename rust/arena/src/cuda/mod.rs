@@ -123,7 +123,16 @@ enum Asked {
 
 impl Pinned {
     /// Load the driver. Nothing is pinned before the first device is used.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] without one, and beside any processor but an x86-64: what a device reads must have been stored in
+    /// order, without fences.
     pub fn new(memory: Arc<Mapped>) -> Result<Self> {
+        if !cfg!(target_arch = "x86_64") {
+            let what =
+                format!("devices publish beside x86-64 processors alone, and this is {}", std::env::consts::ARCH);
+            return Err(Error::Cuda { what });
+        }
         let asked = match std::env::var("EXPERT_LENS_PUBLISHER").as_deref() {
             Ok("event") => Asked::Event,
             Ok("stream") => Asked::Stream,
@@ -148,8 +157,9 @@ impl Pinned {
         self.device(ordinal).map(|_| ())
     }
 
-    /// A raw stream of our own on a device: one for all arenas, and for as long as its context lives, since whoever was told
-    /// that some memory is used on it may look at it once more when he gives that memory back.
+    /// A raw stream of our own on a device: one for all arenas, and for as long as the process runs, with its context, unless
+    /// somebody resets that: whoever was told that some memory is used on it may look at it once more when he gives that
+    /// memory back.
     pub fn stream(&mut self, ordinal: i32) -> Result<u64> {
         let at = self.device(ordinal)?;
         let Device { device, context, .. } = self.devices[at];
@@ -157,7 +167,13 @@ impl Pinned {
         if let Some(&(_, stream)) = streams.iter().find(|(of, _)| *of == device) {
             return Ok(stream as u64);
         }
-        let stream = self.driver.within(context, || self.driver.create_stream())?;
+        let stream = self.driver.within(context, || {
+            let mut retained: Handle = std::ptr::null_mut();
+            // SAFETY: a place for one handle. Given back by nobody: the stream lasts.
+            let status = unsafe { (self.driver.retain_context)(&mut retained, device) };
+            self.driver.check("cuDevicePrimaryCtxRetain", status)?;
+            self.driver.create_stream()
+        })?;
         streams.push((device, stream as usize));
         Ok(stream as u64)
     }
@@ -321,13 +337,12 @@ impl Drop for Pinned {
             let _ = driver.within(device.context, unpin);
         }
         let mut streams = STREAMS.lock().unwrap_or_else(PoisonError::into_inner);
+        streams.retain(|&(device, _)| self.devices.iter().all(|one| one.device != device || driver.is_active(device)));
         for device in &self.devices {
             // SAFETY: retained in `add`, once for each entry. A reset does not release it (CUDA driver API, "Primary Context
             // Management", `cuDevicePrimaryCtxReset`).
             unsafe { (driver.release_context)(device.device) };
         }
-        // A stream goes with its context, which this may have been the last one to retain.
-        streams.retain(|&(device, _)| self.devices.iter().all(|one| one.device != device || driver.is_active(device)));
     }
 }
 
