@@ -24,7 +24,8 @@ import torch
 from peers import DeferredCopy
 
 from expert_lens._core import Writer
-from expert_lens.tap import DecodeRun, Step, Tap
+from expert_lens.steps import DecodeRun, Step
+from expert_lens.tap import Tap
 
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
 STEPS, ROUNDS = 20, 60

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from expert_lens._core import Writer
-from expert_lens.tap import DecodeRun, Rows, Step, Tap
+from expert_lens.steps import DecodeRun, Rows, Step
+from expert_lens.tap import Tap
 
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
 ROUNDS = 3000

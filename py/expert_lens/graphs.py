@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from expert_lens.errors import UnsupportedModelError
-from expert_lens.tap import U32, Rows, Step, Tap, relaxed_capture
+from expert_lens.steps import U32, Rows, Step
+from expert_lens.streams import relaxed_capture
+from expert_lens.tap import Tap
 
 if TYPE_CHECKING:
     from expert_lens._core import Mailbox

@@ -17,23 +17,23 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from expert_lens._core import exchange_capture_mode
 from expert_lens.errors import CudaError, UnsupportedModelError
+from expert_lens.steps import DecodeRun, Indices, Rows, Step
+from expert_lens.streams import follow, own, relaxed_capture, sent
 
 if TYPE_CHECKING:
     from expert_lens._core import Mailbox, Writer
     from expert_lens.graphs import ReplayRows
     from expert_lens.types import EndState, Span
 
-__all__ = ["DecodeRun", "Rows", "Step", "Tap", "relaxed_capture", "sent"]
+__all__ = ["Tap"]
 
 MAX_WAITING_STEPS = 64
 """Steps that wait at most while another thread publishes; further ones are lost, and counted."""
@@ -43,124 +43,6 @@ TURN_TIMEOUT = 5.0
 """Seconds that `close` and `mailbox` wait for a thread that is publishing."""
 TURN_PERIOD = 0.001
 """Seconds after which they look again."""
-
-RELAXED = 2
-"""CU_STREAM_CAPTURE_MODE_RELAXED."""
-
-Indices = npt.NDArray[np.intp]
-U32 = npt.NDArray[np.uint32]
-
-
-class Step:
-    """What one forward has handed over: references to its top-k tensors, a slot a routed layer."""
-
-    __slots__ = ("begun", "chosen", "experts", "inputs", "weights")
-
-    def __init__(self, num_layers: int) -> None:
-        self.experts: list[torch.Tensor | None] = [None] * num_layers
-        self.weights: list[torch.Tensor | None] = []
-        """As `experts`; empty unless weights are captured."""
-        self.begun: torch.cuda.Event | None = None
-        """Of a forward that is captured in a CUDA graph: where it began, see `mark_beginning`."""
-        self.chosen: torch.cuda.Event | None = None
-        """Where all its layers had chosen, see `mark_chosen`."""
-        self.inputs: Any = None
-        """What the engine's side needs to know again at the end of the forward; the tap does not look at it."""
-
-    def mark_beginning(self) -> None:
-        """Note, in a capture, that the forward begins here, or has not chosen yet: its post is read from here on.
-
-        That goes on beside the forward, and so does publishing once all layers have chosen.
-        """
-        self.begun = torch.cuda.current_stream().record_event()
-
-    def mark_chosen(self) -> None:
-        """Note, in a capture, that all layers have chosen; what the graph finds beside their ids must be there too."""
-        self.chosen = torch.cuda.current_stream().record_event()
-
-
-class Rows:
-    """Whose rows a step holds: what `publish` needs besides the experts.
-
-    `spans`: as in `Writer.set_batch`, over the kept rows. `positions`: u32 [n], of the kept rows; of a step on a GPU
-    they may be there, as int32. `token_ids`: what the forward ran over, an id for each of its rows, where the model has
-    it; or None. `kept`: indices of the kept rows among the forward's rows, in order; None: the first n, which are all
-    but for padding behind them. `kv_slots`: of a step on a GPU, int32 [n] there, where the engine has such slots.
-    """
-
-    __slots__ = ("kept", "kv_slots", "positions", "spans", "token_ids")
-
-    def __init__(
-        self,
-        spans: Sequence[Span],
-        positions: U32 | torch.Tensor,
-        token_ids: torch.Tensor | None,
-        kept: Indices | None = None,
-        kv_slots: torch.Tensor | None = None,
-    ) -> None:
-        self.spans = spans
-        self.positions = positions
-        self.token_ids = token_ids
-        self.kept = kept
-        self.kv_slots = kv_slots
-
-
-class DecodeRun:
-    """Steps of the same batch that follow each other, each with one more token of every row.
-
-    `spans` and `kept`: as in `Rows`, of every step. `num_taken`: how many steps there were.
-    """
-
-    __slots__ = ("kept", "num_taken", "spans", "start")
-
-    def __init__(self, spans: Sequence[Span], start: U32, kept: Indices | None) -> None:
-        self.spans = spans
-        self.start = start
-        self.kept = kept
-        self.num_taken = 0
-
-    def take(self, token_ids: torch.Tensor | None) -> Rows:
-        """The rows of the next step, whose forward ran over these ids [B, 1]."""
-        positions = self.start + np.uint32(self.num_taken)
-        self.num_taken += 1
-        return Rows(self.spans, positions, token_ids, self.kept)
-
-
-@contextlib.contextmanager
-def relaxed_capture() -> Iterator[None]:
-    """Calls of this thread to CUDA in the block end no stream capture, be it another thread's or its own."""
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # then nobody captures
-        yield
-        return
-    before = exchange_capture_mode(RELAXED)
-    try:
-        yield
-    finally:
-        exchange_capture_mode(before)
-
-
-def sent(indices: Indices, device: torch.device) -> torch.Tensor:
-    """The indices on that device, from now on in the order of the current stream; nothing is waited for."""
-    there = torch.from_numpy(indices)
-    if device.type != "cuda":
-        return there.to(device)
-    with relaxed_capture():
-        # Pinned: a copy from other memory may wait for the stream ("API synchronization behavior", CUDA driver API).
-        return there.pin_memory().to(device, non_blocking=True)
-
-
-def _own(column: Any) -> Any:
-    """The column, if it is a tensor in memory of its own: the engine goes on to write into the one that it gave."""
-    return column.clone() if isinstance(column, torch.Tensor) else column
-
-
-def _follow(late: torch.cuda.Stream, stream: torch.cuda.Stream, tensors: Iterable[Any]) -> None:
-    """Have `late` go on behind what `stream` has been given so far, and know these tensors of it."""
-    with relaxed_capture():
-        late.wait_stream(stream)
-    for tensor in tensors:
-        if isinstance(tensor, torch.Tensor):
-            tensor.record_stream(late)
 
 
 def _silence(layers: tuple[int, ...]) -> UnsupportedModelError:
@@ -421,8 +303,8 @@ class Tap:
         elif (late := self._late.get(stream.device_index)) is None:
             self.lose(len(experts))
         else:
-            rows = Rows(rows.spans, _own(rows.positions), None, kv_slots=_own(rows.kv_slots))
-            _follow(late, stream, (experts, weights, token_ids, rows.positions, rows.kv_slots))
+            rows = Rows(rows.spans, own(rows.positions), None, kv_slots=own(rows.kv_slots))
+            follow(late, stream, (experts, weights, token_ids, rows.positions, rows.kv_slots))
             self._submit(partial(self._write_device, experts, weights, token_ids, rows, late))
 
     def _kept_on(self, kept: Indices, device: torch.device) -> torch.Tensor:
@@ -536,7 +418,7 @@ class Tap:
         if self._in_turn(self._write_prefix, spans, kv_slots, stream):
             return
         if len(self._jobs) < MAX_WAITING_STEPS and (late := self._late.get(stream.device_index)) is not None:
-            _follow(late, stream, (kv_slots,))
+            follow(late, stream, (kv_slots,))
             self._submit(partial(self._write_prefix, spans, kv_slots, late))
 
     def finish(self, number: int, request: str, num_positions: int, state: EndState) -> None:

@@ -20,7 +20,8 @@ from expert_lens.engines.sglang.capturer import Capturer
 from expert_lens.engines.sglang.layout import Layout
 from expert_lens.engines.sglang.scheduler import _follow_forwards
 from expert_lens.errors import EngineHookError, SilentTapError
-from expert_lens.tap import Rows, Step, Tap
+from expert_lens.steps import Rows, Step
+from expert_lens.tap import Tap
 
 LAYERS, EXPERTS, TOP_K = [1, 2, 5], 256, 2
 FACTS: dict[str, Any] = {"layers": LAYERS, "num_experts": EXPERTS, "top_k": TOP_K}

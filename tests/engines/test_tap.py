@@ -17,7 +17,8 @@ import torch
 from expert_lens import graphs
 from expert_lens.errors import CudaError, UnsupportedModelError
 from expert_lens.graphs import ReplayRows
-from expert_lens.tap import MAX_WAITING_JOBS, MAX_WAITING_STEPS, Rows, Step, Tap
+from expert_lens.steps import Rows, Step
+from expert_lens.tap import MAX_WAITING_JOBS, MAX_WAITING_STEPS, Tap
 
 
 class NotingWriter:

@@ -26,7 +26,8 @@ from watching import Watch
 from expert_lens import graphs, kernels
 from expert_lens._core import RowStream
 from expert_lens.errors import CudaError, UnsupportedModelError
-from expert_lens.tap import Rows, Tap
+from expert_lens.steps import Rows
+from expert_lens.tap import Tap
 
 GRAPH = "graph"
 

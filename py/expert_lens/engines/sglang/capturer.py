@@ -30,7 +30,9 @@ from expert_lens.engines.sglang.requests import Requests
 from expert_lens.engines.sglang.static import StaticExperts, silence
 from expert_lens.errors import EngineHookError
 from expert_lens.graphs import GraphStep, ReplayRows
-from expert_lens.tap import Rows, Step, Tap, sent
+from expert_lens.steps import Rows, Step
+from expert_lens.streams import sent
+from expert_lens.tap import Tap
 
 if TYPE_CHECKING:
     from expert_lens.types import Span

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from expert_lens.errors import SilentTapError
-from expert_lens.tap import Step, Tap
+from expert_lens.steps import Step
+from expert_lens.tap import Tap
 
 __all__ = ["StaticExperts", "silence"]
 

@@ -21,7 +21,8 @@ from expert_lens.engines.transformers.layers import RoutedLayer, RoutedModel, fi
 from expert_lens.engines.transformers.patch import MISSING, Patch, StandIn, forget_compiled_code, uncompiled
 from expert_lens.engines.transformers.plain import PlainForwards
 from expert_lens.errors import EngineHookError, SilentTapError, UnsupportedModelError
-from expert_lens.tap import Step, Tap
+from expert_lens.steps import Step
+from expert_lens.tap import Tap
 
 if TYPE_CHECKING:
     from expert_lens.types import EndState

@@ -18,7 +18,8 @@ import numpy as np
 from expert_lens.engines.names import RequestNames, next_number
 from expert_lens.errors import EngineHookError
 from expert_lens.graphs import GraphStep, ReplayRows, record
-from expert_lens.tap import U32, Rows, Step, Tap
+from expert_lens.steps import U32, Rows, Step
+from expert_lens.tap import Tap
 
 if TYPE_CHECKING:
     from expert_lens.types import EndState, Phase, Span

@@ -12,7 +12,9 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from expert_lens.engines.names import RequestNames
 from expert_lens.engines.transformers.requests import Sequences, join_rows, real_tokens
 from expert_lens.errors import EngineHookError
-from expert_lens.tap import Rows, Step, Tap, relaxed_capture
+from expert_lens.steps import Rows, Step
+from expert_lens.streams import relaxed_capture
+from expert_lens.tap import Tap
 
 if TYPE_CHECKING:
     from expert_lens.types import EndState, Phase

@@ -9,7 +9,8 @@ import numpy as np
 from expert_lens.engines.names import RequestNames
 from expert_lens.engines.transformers.generate import Columns
 from expert_lens.engines.transformers.requests import Sequences, real_tokens
-from expert_lens.tap import Step, Tap
+from expert_lens.steps import Step
+from expert_lens.tap import Tap
 
 if TYPE_CHECKING:
     from expert_lens.types import Phase

@@ -8,7 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from expert_lens.engines.names import next_number
-from expert_lens.tap import DecodeRun, Rows, Tap, relaxed_capture
+from expert_lens.steps import DecodeRun, Rows
+from expert_lens.streams import relaxed_capture
+from expert_lens.tap import Tap
 
 if TYPE_CHECKING:
     import torch
