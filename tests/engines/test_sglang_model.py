@@ -56,6 +56,14 @@ def test_layers_that_do_not_tell_are_told_by_their_place(model_of: Callable[...,
     assert [layer.mlp.topk.layer_id for layer in made.model.layers if hasattr(layer.mlp, "topk")] == [0, 2, 3]
 
 
+def test_a_model_may_call_its_layers_blocks(model_of: Callable[..., Any]) -> None:
+    made = model_of([], [])
+    made.transformer = torch.nn.Module()
+    made.transformer.blocks = made.model.layers
+    del made.model
+    assert model._routed_layers(made) == [0, 1]
+
+
 def test_a_place_that_tells_nothing_is_refused(model_of: Callable[..., Any]) -> None:
     made = model_of([0])
     made.model.layers[0].other = TopK()

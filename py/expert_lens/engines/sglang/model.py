@@ -37,7 +37,7 @@ def _routed_layers(model: Any) -> list[int]:
     told = {module.layer_id for _, module in found if module.layer_id is not None}
     for name, module in found:
         if module.layer_id is None:
-            place = re.search(r"\blayers\.(\d+)\.", name)
+            place = re.search(r"\b(?:layers|blocks)\.(\d+)\.", name)
             if place is None or int(place[1]) in told:
                 raise UnsupportedModelError(
                     f"{name} of {type(model).__name__} chooses experts and does not tell of which layer; in newer "
