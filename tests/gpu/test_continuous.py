@@ -104,6 +104,7 @@ def test_prompts_in_chunks_and_batches_that_grow_and_shrink(asynchronous: bool, 
     check_batches(capture, truth.rows(), results)
     for request, expected in truth.weights().items():
         weights = capture.rows(request)["weights"]
+        assert set(range(len(weights))) <= set(expected)
         for position, row in enumerate(weights):
             np.testing.assert_array_equal(row, expected[position])
     assert truth.num_replays > 10
