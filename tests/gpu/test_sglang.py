@@ -70,6 +70,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "OLMoE": {
         "model_architectures": ["OlmoeForCausalLM"],
         "model_model_type": "olmoe",
+        "model_intermediate_size": 128,  # of an expert, here
         "model_num_key_value_heads": 8,
         "model_pad_token_id": 1,
     },
