@@ -11,6 +11,7 @@ import pytest
 from batches import Batches, check_batches, generate_batch, small_batches
 from expert_lens._core import Writer
 from expert_lens.engines.names import RequestNames
+from expert_lens.engines.transformers import continuous
 from expert_lens.engines.transformers.continuous import ContinuousBatches, _Manager, _Request
 from expert_lens.errors import EngineHookError
 from expert_lens.tap import Tap
@@ -151,6 +152,35 @@ def test_a_batching_manager_made_before_attaching_is_not_guessed_at(attach: Atta
     assert len(result.generated_tokens) == 3
     assert isinstance(capture.tap.error, EngineHookError)
     assert capture.stats()["tokens"] == 0
+
+
+class Recorded:
+    """The publishing part of a graph whose capture has failed."""
+
+    def __init__(self) -> None:
+        self.given_up = 0
+
+    def give_up(self) -> None:
+        self.given_up += 1
+
+
+def test_what_was_recorded_in_a_capture_that_failed_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager, first, second = Recorded(), Recorded(), Recorded()  # a manager is anything that can be weakly referenced
+    batches = ContinuousBatches(None, RequestNames(), lambda *_: None)  # type: ignore[arg-type]
+    known = _Manager(manager, None)
+    batches._managers.append(known)
+    recorded = iter([first, second])
+    monkeypatch.setattr(continuous, "record", lambda *_, **__: next(recorded))
+    monkeypatch.setattr(batches, "_find", lambda *_: (known, None))
+    inputs = {"input_ids": np.zeros((1, 4)), "position_ids": np.zeros((1, 4)), "cache": None}
+    for given_up in (0, 1):  # the second capture tells of the first one's end
+        batches.record(None, inputs, None)  # type: ignore[arg-type]
+        assert (first.given_up, second.given_up) == (given_up, 0)
+    del manager
+    for what in ("_follow_results", "_follow_processors"):
+        monkeypatch.setattr(batches, what, lambda *_: None)
+    batches.add(Recorded(), None)
+    assert (first.given_up, second.given_up) == (1, 1)
 
 
 def test_a_request_may_end_while_the_capture_closes() -> None:

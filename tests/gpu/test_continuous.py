@@ -13,6 +13,7 @@ import torch
 from graph_oracle import GraphOracle
 
 from batches import check_batches, generate_batch, small_batches
+from expert_lens import graphs
 from oracle import replayed
 from support import Attach
 from tiny_models import FAMILIES
@@ -206,6 +207,28 @@ def test_a_replay_that_fails_inside_the_engine(attach: Attach, monkeypatch: pyte
     expected = {f"again.{name}": rows for name, rows in truth.rows().items()}
     check_batches(capture, expected, {f"again.{name}": result for name, result in results.items()})
     assert capture.tap.writer.dropped_tokens > 0
+
+
+def test_a_capture_that_fails_inside_the_engine_leaves_nothing(attach: Attach) -> None:
+    model = make_model()
+    capture = attach(model)
+    config = small_batches(max_batch_tokens=32, **MODES["graphs, asynchronous"])
+    before, calls = set(graphs._unclaimed), itertools.count(1)
+
+    def fail(*_: Any) -> None:
+        if torch.cuda.is_current_stream_capturing() and next(calls) == 1:
+            raise RuntimeError("out of memory")
+
+    hook = model.lm_head.register_forward_pre_hook(fail)
+    generate_batch(model, PROMPTS, max_new_tokens=20, continuous_batching_config=config)
+    hook.remove()
+    assert next(calls) > 1
+    gc.collect()  # the manager
+    with capture.tap.request("again"), GraphOracle(model).watching() as truth:
+        results = generate_batch(model, PROMPTS, max_new_tokens=20, continuous_batching_config=config)
+    expected = {f"again.{name}": rows for name, rows in truth.rows().items()}
+    check_batches(capture, expected, {f"again.{name}": result for name, result in results.items()})
+    assert graphs._unclaimed == before
 
 
 @pytest.mark.timeout(600)

@@ -51,6 +51,12 @@ class _Manager:
         self.decoding: _Decoding | None = None
         """The batch of the last forward, if each of its requests decoded one token in it."""
 
+    def give_up_recorded(self) -> None:
+        """What was recorded last is on no graph, and will be on none: its capture has failed."""
+        recorded, self.recorded = self.recorded, None
+        if recorded is not None:
+            recorded.give_up()
+
     def settle(self) -> None:
         """Note how far the requests of the last forward have come."""
         decoding, self.decoding = self.decoding, None
@@ -115,6 +121,8 @@ class ContinuousBatches:
 
         Raises EngineHookError if its parts are not where they are looked for.
         """
+        for gone in (each for each in self._managers if each.ref() is None):
+            gone.give_up_recorded()
         self._managers = [known for known in self._managers if known.ref() is not None]
         known = next((known for known in self._managers if known.ref() is manager), None)
         if known is None:
@@ -143,6 +151,7 @@ class ContinuousBatches:
         """
         known, _ = self._find(model, inputs["cache"])
         tokens, positions = inputs["input_ids"], inputs["position_ids"]
+        known.give_up_recorded()
         known.recorded = record(self._tap, step, tokens.shape[1], token_ids=tokens, positions=positions)
 
     def _rows(self, known: _Manager, processor: Any, tokens: Any) -> Rows | None:
