@@ -65,7 +65,8 @@ export class Store {
     this.live = true;
     if (content.ask) this.owed = content.number;
     this.take(decode(buffers[0]));
-    if (!this.looking) this.drawn();
+    // Not once the last view is gone: the kernel would take the answer for one of a page that looks.
+    if (!this.looking && this.views.size > 0) this.drawn();
   }
 
   /** @param {import("./codec.js").Frame} frame */
