@@ -4,10 +4,9 @@ What needs a GPU (graphs, streams) is in tests/gpu/test_sglang.py, with the real
 """
 
 import inspect
-import sys
 import warnings
 from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from expert_lens.engines.sglang.scheduler import _follow_forwards
 from expert_lens.errors import EngineHookError, SilentTapError
 from expert_lens.steps import Rows, Step
 from expert_lens.tap import Tap
+from stand_ins import stand_in
 
 LAYERS, EXPERTS, TOP_K = [1, 2, 5], 256, 2
 FACTS: dict[str, Any] = {"layers": LAYERS, "num_experts": EXPERTS, "top_k": TOP_K}
@@ -391,16 +391,8 @@ def test_data_parallel_ranks_have_their_own_rows() -> None:
 def ranks(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """What SGLang says of data-parallel ranks in the forward that is being captured."""
     state = SimpleNamespace(rows=4, alike=True)
-    told = ModuleType("dp_attention")
-    told.__dict__.update(get_local_dp_buffer_len=lambda: state.rows, is_dp_max_padding=lambda: state.alike)
-    layers = ModuleType("layers")
-    layers.__dict__["dp_attention"] = told
-    for name, module in (
-        ("sglang", ModuleType("sglang")),
-        ("sglang.srt", ModuleType("srt")),
-        ("sglang.srt.layers", layers),
-    ):
-        monkeypatch.setitem(sys.modules, name, module)
+    told = {"get_local_dp_buffer_len": lambda: state.rows, "is_dp_max_padding": lambda: state.alike}
+    stand_in(monkeypatch, "sglang.srt.layers.dp_attention", **told)
     return state
 
 

@@ -1,8 +1,7 @@
 """What a runner says of its model: which layers route, and how large a forward may be."""
 
-import sys
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 
 from expert_lens.engines.sglang import model
 from expert_lens.errors import UnsupportedModelError
+from stand_ins import stand_in
 
 
 class TopK(torch.nn.Module):
@@ -22,11 +22,7 @@ class TopK(torch.nn.Module):
 
 @pytest.fixture
 def model_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    topk = ModuleType("topk")
-    topk.__dict__["TopK"] = TopK
-    for name in ("sglang", "sglang.srt", "sglang.srt.layers", "sglang.srt.layers.moe"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, "sglang.srt.layers.moe.topk", topk)
+    stand_in(monkeypatch, "sglang.srt.layers.moe.topk", TopK=TopK)
 
     def make(*layers: Any) -> Any:
         """A decoder of these layers: None for a dense one, or what its `TopK` is told."""

@@ -13,6 +13,7 @@ import pytest
 from expert_lens.engines.sglang import contract, plugin, scheduler
 from expert_lens.engines.sglang.capturer import _is_one_graph
 from expert_lens.engines.sglang.scheduler import SchedulerHooks
+from stand_ins import stand_in
 
 
 class NotingCapturer:
@@ -171,12 +172,7 @@ def test_a_rank_that_publishes_nothing_has_its_layers_told_their_numbers_all_the
     hooks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are asked for something else than by whom they are captured, so ranks must not differ in it."""
-    moe = ModuleType("moe")
-    moe.__dict__["get_moe_a2a_backend"] = lambda: SimpleNamespace(value="none")
-    for name, module in (("sglang", ModuleType("sglang")), ("sglang.srt", ModuleType("srt"))):
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setitem(sys.modules, "sglang.srt.layers", ModuleType("layers"))
-    monkeypatch.setitem(sys.modules, "sglang.srt.layers.moe", moe)
+    stand_in(monkeypatch, "sglang.srt.layers.moe", get_moe_a2a_backend=lambda: SimpleNamespace(value="none"))
     asked: list[Any] = []
     monkeypatch.setattr(scheduler.Layout, "of", lambda _: SimpleNamespace(publishing_rank=None))
     monkeypatch.setattr(scheduler, "refuse_unknown", lambda *_: None)
