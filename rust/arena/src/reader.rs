@@ -255,14 +255,20 @@ impl<M: Memory> Reader<M> {
 
     /// Go on at record `index`, read or not; before the oldest one that is there, and that a lossless reader has not
     /// released, at that; past the newest, behind it.
-    pub fn seek(&mut self, index: u64) {
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] if the arena contradicts itself; nothing more is read.
+    pub fn seek(&mut self, index: u64) -> Result<()> {
         let held = if self.mode == Mode::Lossless { self.needed } else { 0 };
-        let oldest = self.tail().max(held);
-        self.cursor = index.clamp(oldest, self.head().max(oldest));
+        let tail = self.tail();
+        let head = self.checked_head(tail)?;
+        let oldest = tail.max(held);
+        self.cursor = index.clamp(oldest, head.max(oldest));
         self.started = false;
         self.after_gap = true;
         self.batch = None;
         self.release(self.cursor);
+        Ok(())
     }
 
     /// Let the writer reuse the space of every record before `index`; of what was not read, nothing is released.
@@ -409,14 +415,21 @@ impl<M: Memory> Reader<M> {
     fn oldest(&mut self, tail: usize) -> Result<u64> {
         let oldest = self.memory.load(tail, Acquire);
         if oldest > self.cursor {
-            // The acquire load pairs with the release store and the fence in `Writer::make_room`: the head is not older.
-            let head = self.head();
-            if oldest > head || head > MAX_RECORDS {
-                self.broken = true;
-                return Err(Error::corrupt(format!("the oldest record is {oldest} of {head}")));
-            }
+            self.checked_head(oldest)?;
         }
         Ok(oldest)
+    }
+
+    /// The head, if it can be one of an arena whose oldest record is `oldest`, read before.
+    fn checked_head(&mut self, oldest: u64) -> Result<u64> {
+        // The acquire load of the oldest pairs with the release store and the fence in `Writer::make_room`: the head is
+        // not older.
+        let head = self.head();
+        if oldest > head || head > MAX_RECORDS {
+            self.broken = true;
+            return Err(Error::corrupt(format!("the oldest record is {oldest} of {head}")));
+        }
+        Ok(head)
     }
 
     fn is_published(&self, index: u64) -> bool {

@@ -121,12 +121,12 @@ fn read_all(directory: &Path) {
     for mode in [Mode::Lossy, Mode::Lossless] {
         match open(&path, mode) {
             Ok(mut reader) => {
-                reader.seek(3);
-                drain(&mut reader);
-                reader.seek(u64::MAX);
-                drain(&mut reader);
-                reader.seek(0);
-                drain(&mut reader);
+                for index in [3, u64::MAX, 0] {
+                    match reader.seek(index) {
+                        Ok(()) | Err(Error::Corrupt { .. }) => drain(&mut reader),
+                        Err(error) => panic!("{error}"),
+                    }
+                }
                 let _ = (reader.next_time_ns(), reader.has_next(), reader.dropped_rows());
             }
             Err(Error::Corrupt { .. } | Error::Version { .. } | Error::ReadersFull { .. }) => {}
@@ -260,6 +260,27 @@ fn publish(publisher: &mut Publisher, in_round: &impl Fn() -> bool) {
                 Rows { experts: &experts, token_ids: None, positions: &positions, kv_slots: None, weights: None };
             publisher.publish(&rows).unwrap();
         }
+    }
+}
+
+#[test]
+fn a_head_that_no_writer_reaches_is_refused_and_nothing_is_read_past_it() {
+    const HEAD: u64 = 256;
+    let root = folder();
+    let publisher = publisher(root.path(), SIZE, &facts(8, false), OnFull::Drop);
+    let file = OpenOptions::new().write(true).open(publisher.path()).unwrap();
+    for mode in [Mode::Lossy, Mode::Lossless] {
+        file.write_all_at(&0u64.to_ne_bytes(), HEAD * 8).unwrap();
+        let mut reader = open(publisher.path(), mode).unwrap();
+        // The number behind it is 0, as in the descriptor of a record that never was.
+        file.write_all_at(&u64::MAX.to_ne_bytes(), HEAD * 8).unwrap();
+        let error = reader.seek(u64::MAX).unwrap_err();
+        assert!(
+            matches!(error, Error::Corrupt { .. }) && error.to_string().contains("of 18446744073709551615"),
+            "{error}"
+        );
+        drain(&mut reader);
+        assert!(reader.ended() && !reader.has_next());
     }
 }
 

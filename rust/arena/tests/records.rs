@@ -181,7 +181,7 @@ fn a_batch_is_published_when_it_changes_and_found_by_a_reader_that_comes_later()
     }
     // Comes when the record with the batch is long released by others, and begins behind it.
     let mut late = open(publisher.path(), Mode::Lossy).unwrap();
-    late.seek(5);
+    late.seek(5).unwrap();
     let Some(Record::Step(step)) = late.poll().unwrap() else { panic!("a step") };
     assert_eq!((step.step, step.batch.unwrap()[0].number), (5, 1));
     let first = std::sync::Arc::clone(step.batch.unwrap());

@@ -128,7 +128,7 @@ impl RowStream {
             if let Some((_, last)) = resume.iter().find(|(arena, _)| *arena == arena_id(&source.reader)) {
                 let next = last.saturating_add(1);
                 skipped += source.reader.cursor().saturating_sub(next);
-                source.reader.seek(next);
+                source.reader.seek(next)?;
             }
         }
         let waiter = Waiter::new(Pace::CALM);
