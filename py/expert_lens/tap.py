@@ -86,6 +86,9 @@ class Tap:
         """By device, a stream of ours for what another thread has left: that one may capture a graph on its own by the
         time it is written, and what is enqueued there would become a part of it."""
         self._jobs: deque[Callable[[], None]] = deque()
+        self._matched = True
+        """False while a replay that has failed is taken back: its graph's posts may be another replay's until then, and
+        rows of replays are lost and counted."""
         self._turn = [None]
         """Who takes this one out may use the writer, and puts it back. `list.pop` is atomic, as a lock is, and touches
         less when nothing of either is in the processor's caches."""
@@ -331,7 +334,7 @@ class Tap:
         counted = False
         try:
             if rows is not None and self.active:
-                if held:
+                if held and self._matched:
                     try:
                         if rows.spans is not self._batch or self.lost_tokens:
                             self.set_batch(rows.spans)
@@ -348,8 +351,8 @@ class Tap:
             replay()
         except BaseException:
             if counted:
-                active, self.active = self.active, False  # for good if what follows is interrupted, at whatever place
-                self._take_back(mailbox, active)
+                self._matched = False  # for good if what follows is interrupted, at whatever place
+                self._take_back(mailbox)
             raise
         finally:
             if held:
@@ -357,25 +360,22 @@ class Tap:
                 if self._jobs:
                     self._run_jobs()
 
-    def _take_back(self, mailbox: Mailbox, active: bool) -> None:
+    def _take_back(self, mailbox: Mailbox) -> None:
         """Match posts and replays again behind a replay that has failed, and make its record void.
 
-        Then the capture is on again, if it was; while this is interrupted they may not match.
+        What prevents it ends the capture.
         """
         try:
             stream = torch.cuda.current_stream(mailbox.device).cuda_stream
             record = mailbox.retract(stream)
             if record is not None:  # posted, so that the turn is held
                 self.writer.void(record, mailbox.device, stream)
+            self._matched = True
+        except Exception as error:
+            self.fail(error)
         except BaseException as error:
-            self.active = active
-            if isinstance(error, Exception):
-                self.fail(error)
-            else:
-                self.fail(RuntimeError(f"{type(error).__name__} while a replay that had failed was taken back"))
-                raise
-        else:
-            self.active = active
+            self.fail(RuntimeError(f"{type(error).__name__} while a replay that had failed was taken back"))
+            raise
 
     def mailbox(self, device: int, table: Sequence[int]) -> Mailbox | None:
         """`Writer.mailbox`, once whoever publishes just now is done: while a graph is captured there is time to wait.

@@ -486,6 +486,58 @@ def test_a_second_interrupt_while_a_replay_is_taken_back_ends_the_capture(monkey
     assert writer.names == ["set_batch", "post", "fail", "pass over"]
 
 
+@pytest.mark.filterwarnings("ignore:expert_lens stopped capturing:RuntimeWarning")
+@pytest.mark.parametrize("meanwhile", ["close", "fail"])
+def test_a_capture_that_ends_while_a_replay_is_taken_back_has_ended(
+    launching: tuple[Any, NotingWriter, Any], monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    tap, writer, mailbox = launching
+    monkeypatch.setattr("expert_lens.tap.TURN_TIMEOUT", 0.01)
+    ends = {"close": tap.close, "fail": lambda: tap.fail(CudaError("something else"))}
+
+    def retract(_: int) -> int:
+        other = threading.Thread(target=ends[meanwhile])
+        other.start()
+        other.join()
+        return 3
+
+    def raises() -> None:
+        raise RuntimeError("in the engine")
+
+    mailbox.retract = retract
+    with pytest.raises(RuntimeError, match="in the engine"):
+        tap.launch(mailbox, raises, FOUR_ROWS)
+    assert not tap.active
+    assert (tap.error is None) == (meanwhile == "close")
+    assert writer.names == ["set_batch", "post", "void", meanwhile]
+    tap.launch(mailbox, lambda: None, FOUR_ROWS)
+    assert writer.names[4:] == ["pass over"]
+
+
+def test_rows_of_replays_are_lost_and_counted_while_another_one_is_taken_back(
+    launching: tuple[Any, NotingWriter, Any],
+) -> None:
+    tap, writer, mailbox = launching
+    somebody = contextlib.ExitStack()
+    somebody.enter_context(somebody_publishes(tap))
+
+    def retract(_: int) -> None:
+        somebody.close()  # nobody has the turn from here on
+        other = threading.Thread(target=tap.launch, args=(NotingMailbox(writer.calls), lambda: None, FOUR_ROWS))
+        other.start()
+        other.join()
+
+    def raises() -> None:
+        raise RuntimeError("in the engine")
+
+    mailbox.retract = retract
+    with pytest.raises(RuntimeError, match="in the engine"):
+        tap.launch(mailbox, raises, None)
+    assert writer.names == ["pass over", "pass over", "drop"]
+    tap.launch(mailbox, lambda: None, FOUR_ROWS)
+    assert writer.names[3:] == ["set_batch", "post"]
+
+
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
