@@ -15,6 +15,8 @@ first two stand side by side: they are started at once, and take turns by the ru
   model of small layers.
 
 The same prompts in every run: 1 request of 1024 + 1024 tokens, 64 of 1024 + 512, each several times after a warm-up.
+A run ends with the last answer. SGLang's own capture brings each request's experts with it; of the lens they are asked
+for behind it, and what that takes is in the throughput with `rows in hand`.
 OPTIONS='{"tp_size": 2}' gives engines more options. A decode step: the time between two tokens of one request as they
 arrive, once all requests decode, and before the last one, with which comes what is done when requests end. A figure of
 the lens or of SGLang's capture is relative to the mean of the runs with `off`.
@@ -111,6 +113,7 @@ def reader_beside() -> Iterator[None]:
 def run_mode(mode: str) -> None:
     """Start an engine, say that it is ready, and for each line of input run the experiments and print their figures."""
     sys.path.insert(0, str(TESTS))
+    import sglang
     import sglang_engine
 
     import expert_lens
@@ -121,33 +124,51 @@ def run_mode(mode: str) -> None:
     options = {f"model_{key}": value for key, value in MODEL.items()}
     overlap = {"disable_overlap_schedule": True} if mode.endswith("no overlap") else {}
     asked = {**overlap, **json.loads(os.environ.get("OPTIONS", "{}"))}
-    engine, _ = sglang_engine.start({**options, **ENGINE, **asked, "enable_return_routed_experts": native})
+    arguments, _ = sglang_engine.prepare({**options, **ENGINE, **asked, "enable_return_routed_experts": native})
+    engine = sglang.Engine(**arguments)
     lens = expert_lens.attach(engine) if mode in ("lens", "lens, recorded") else None
     more = {"return_routed_experts": True} if native else {}
+    runs = itertools.count()
 
-    async def all_of_them(prompts: list[list[int]], output: int) -> list[float]:
+    async def all_of_them(prompts: list[list[int]], output: int, rids: list[str]) -> list[float]:
         """When each token of the first one arrived."""
         chosen = {"max_new_tokens": output, "ignore_eos": True, "temperature": 0.0}
 
         async def watched() -> list[float]:
-            tokens = await engine.async_generate(input_ids=prompts[0], sampling_params=chosen, stream=True, **more)
+            first = {"input_ids": prompts[0], "rid": rids[0]}
+            tokens = await engine.async_generate(**first, sampling_params=chosen, stream=True, **more)
             return [time.perf_counter() async for _ in tokens]
 
-        others = (engine.async_generate(input_ids=prompt, sampling_params=chosen, **more) for prompt in prompts[1:])
+        others = (
+            engine.async_generate(input_ids=prompt, rid=rid, sampling_params=chosen, **more)
+            for prompt, rid in zip(prompts[1:], rids[1:], strict=True)
+        )
         arrived, *_ = await asyncio.gather(watched(), *others)
         return arrived
+
+    def fetch(rids: list[str], length: int) -> None:
+        """Each request's rows, once the last one is there."""
+        for rid in rids:
+            while len(lens.routed_experts(rid)) < length:
+                time.sleep(0.001)
 
     def experiment(requests: int, output: int) -> dict[str, Any]:
         rng = np.random.default_rng(requests)
         prompts = [rng.integers(1000, 100_000, PROMPT).tolist() for _ in range(requests)]
+        run = next(runs)
+        rids = [f"{run}-{number}" for number in range(requests)]
         began = time.perf_counter()
-        arrived = engine.loop.run_until_complete(all_of_them(prompts, output))
+        arrived = engine.loop.run_until_complete(all_of_them(prompts, output, rids))
         took = time.perf_counter() - began
+        if lens is not None:
+            fetch(rids, PROMPT + output - 1)
+        in_hand = time.perf_counter() - began
         steps = np.diff(arrived[SKIPPED:-1]) * 1e6
         return {
             "mode": mode,
             "n": requests,
             "tokens/s": requests * output / took,
+            "tokens/s, rows in hand": requests * output / in_hand,
             "mean": float(np.mean(steps)),
             "median": float(np.median(steps)),
             "p99": float(np.percentile(steps, 99)),
@@ -256,6 +277,9 @@ def report(runs: list[dict[str, Any]]) -> None:
             bar = {"bar": bars[n, "speed"]} if mode.startswith("lens") else {}
             ratios = [run["tokens/s"] / speed for run in of[mode]]
             show(f"{what}: throughput, {mode} : off", "throughput ratio", ratios, **bar)
+            if mode.startswith("lens"):
+                ratios = [run["tokens/s, rows in hand"] / speed for run in of[mode]]
+                show(f"{what}: throughput, {mode}, rows in hand : off", "throughput ratio", ratios)
         for mode in of:
             if of[mode]:
                 show(f"{what}: decode step, {mode}, median", "µs", [run["median"] for run in of[mode]])

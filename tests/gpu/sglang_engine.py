@@ -15,6 +15,7 @@ import tempfile
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,7 +107,25 @@ def prepare(options: dict[str, Any]) -> tuple[dict[str, Any], Shape]:
     return {"model_path": folder, "port": port, **chosen}, shape
 
 
+@cache
+def spy_folder() -> Path:
+    """Where `sglang_spy` is installed, for processes that are started from now on."""
+    folder = Path(tempfile.mkdtemp())
+    install(folder)
+    sys.path.insert(0, str(folder))  # processes that are spawned get this path, whatever PYTHONPATH says
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return folder
+
+
+def load_spy(options: dict[str, Any]) -> None:
+    """Have the engine of these options that is started next load `sglang_spy`."""
+    spy_folder()
+    layers = options.get("model_num_hidden_layers", MODEL["num_hidden_layers"]) // options.get("pp_size", 1)
+    os.environ["SGLANG_SPY_LAYERS"] = str(layers)
+
+
 def start(options: dict[str, Any]) -> tuple[Any, Shape]:
+    load_spy(options)
     arguments, shape = prepare(options)
     return sglang.Engine(**arguments), shape
 
@@ -168,9 +187,11 @@ def compare(lens: Any, native: dict[str, Any]) -> dict[str, int]:
     """How many ids were compared and are different, and how many positions the lens lacks.
 
     Of several pipeline stages, SGLang gives the layers of one, and zeros for the others: `layers` that it gives of each
-    request, at the least. `alike`: pairs of rows in a row that are the same, which would agree in the wrong places too.
+    request, at the least. `alike`, `alike_layers`: pairs of rows in a row, and of layers of a row, that are the same:
+    those would agree in the wrong places too.
     """
-    found = {"requests": len(native), "ids": 0, "different": 0, "missing": 0, "wrong_length": 0, "alike": 0}
+    counted = ("ids", "different", "missing", "wrong_length", "alike", "alike_layers")
+    found = {"requests": len(native), **dict.fromkeys(counted, 0)}
     layers = []
     for request, rows in native.items():
         try:
@@ -189,7 +210,13 @@ def compare(lens: Any, native: dict[str, Any]) -> dict[str, int]:
         found["ids"] += rows[there][:, given].size
         found["different"] += int((ours[there] != rows[there])[:, given].sum())
         found["alike"] += int((rows[1:] == rows[:-1])[:, given].all(axis=(1, 2)).sum())
+        found["alike_layers"] += alike_layers(rows[:, given])
     return {**found, "layers": min(layers, default=0), "positions": sum(map(len, native.values()))}
+
+
+def alike_layers(rows: Any) -> int:
+    """Pairs of neighbouring layers that chose the same, of rows [n, L, K]."""
+    return int((rows[:, 1:] == rows[:, :-1]).all(axis=2).sum())
 
 
 def altered(lens: Any, native: dict[str, Any]) -> int:
@@ -210,7 +237,7 @@ def told(lens: Any) -> dict[str, Any]:
 def check(options: dict[str, Any]) -> dict[str, Any]:
     repeats, wave, spying = options.pop("repeats", 1), options.pop("wave", "mixed"), options.pop("spy", None)
     if spying is not None:
-        spy(spying, options)
+        os.environ["SGLANG_SPY"] = spying
     expert_lens.enable()
     engine, shape = start(options)
     lens = expert_lens.attach(engine)
@@ -234,19 +261,6 @@ def check(options: dict[str, Any]) -> dict[str, Any]:
     lens.close()
     engine.shutdown()
     return found
-
-
-def spy(what: str, options: dict[str, Any]) -> None:
-    """Have the engine that is started next load `sglang_spy`."""
-    folder = Path(tempfile.mkdtemp())
-    install(folder)
-    sys.path.insert(0, str(folder))  # processes that are spawned get this path, whatever PYTHONPATH says
-    os.environ.update(
-        SGLANG_SPY=what,
-        SGLANG_SPY_LAYERS=str(
-            options.get("model_num_hidden_layers", MODEL["num_hidden_layers"]) // options.get("pp_size", 1)
-        ),
-    )
 
 
 class Single(NamedTuple):
@@ -325,12 +339,13 @@ def alone(options: dict[str, Any]) -> dict[str, Any]:
     kernel consumed; and, by an engine of its own, what SGLang's capture gives (see `compare`).
     """
     quiet = {"disable_radix_cache": True, **options}
-    found: dict[str, Any] = {"ids": 0, "not_as_consumed": 0, "not_as_native": 0, "outputs_differ": 0}
+    counted = ("ids", "not_as_consumed", "not_as_native", "outputs_differ", "alike_layers")
+    found: dict[str, Any] = dict.fromkeys(counted, 0)
     singles = without_us(quiet)
 
     file = tempfile.mktemp()
     stages = [Path(f"{file}.{stage}") for stage in range(options.get("pp_size", 1))]
-    spy(f"consumed:{file}", options)
+    os.environ["SGLANG_SPY"] = f"consumed:{file}"
     expert_lens.enable()
     engine, _ = start({**quiet, "enable_return_routed_experts": False})
     lens = expert_lens.attach(engine)
@@ -347,6 +362,8 @@ def alone(options: dict[str, Any]) -> dict[str, Any]:
         found["not_as_consumed"] += int((ours != consumed).sum())
         found["outputs_differ"] += result["output_ids"] != output
         found["not_as_native"] += int((ours != rows)[:, given].sum())
+        found["alike_layers"] += alike_layers(consumed)
+    found.update(told(lens))
     lens.close()
     engine.shutdown()
     return found
@@ -354,7 +371,7 @@ def alone(options: dict[str, Any]) -> dict[str, Any]:
 
 def control(options: dict[str, Any]) -> dict[str, Any]:
     """As `check`, small, with ids altered on their way to the lens: one, or one in every step of a decode graph."""
-    spy(options.pop("spy"), options)
+    os.environ["SGLANG_SPY"] = options.pop("spy")
     expert_lens.enable()
     engine, shape = start(options)
     lens = expert_lens.attach(engine)
@@ -373,7 +390,7 @@ def timing(options: dict[str, Any]) -> dict[str, Any]:
     With the clocks that tell it, and what those take alone.
     """
     file = tempfile.mktemp()
-    spy(f"timed:{file}", options)
+    os.environ["SGLANG_SPY"] = f"timed:{file}"
     expert_lens.enable()
     engine, shape = start({**options, "enable_return_routed_experts": False})
     lens = expert_lens.attach(engine)
@@ -428,6 +445,7 @@ def server(options: dict[str, Any]) -> dict[str, Any]:
     """`python -m sglang.launch_server` with the environment alone, requests by HTTP, and a lens by name; the server is
     killed before the rows are compared.
     """
+    load_spy(options)
     arguments, shape = prepare(options)
     command = [sys.executable, "-m", "sglang.launch_server"]
     for key, value in arguments.items():

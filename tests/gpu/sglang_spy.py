@@ -1,12 +1,14 @@
 """A plugin of SGLang for tests alone: looks at what is used and what is taken, in the scheduler's process.
 
-`install(folder)` makes an entry point of it. SGLANG_SPY names what it does:
+`install(folder)` makes an entry point of it. Loaded, it has each layer of a model with dummy weights route in a way of
+its own (`routers`): SGLang gives all layers the same. SGLANG_SPY names what it does beside:
 
 * `consumed:FILE`: appends to FILE.DEVICE, a forward behind the other, the experts whose weights the MoE kernel
   multiplies each row with, as told by its tables `sorted_token_ids` and `expert_ids`: int32 n, L, K, then [n, L, K].
   In a CUDA graph copies of the tables are recorded, and read after each replay.
 * `altered`: gives expert_lens one id that is not the one chosen, in the second forward of prompts.
 * `altered_in_graphs`: the same in every replay of a decode graph, for its first row.
+* `numbered`: sees that every layer's `TopK` has the number that its experts were told when the model was made.
 * `followed`: makes SGLang's own capture right for drafted tokens, whose rows it never keeps if they come by n-grams,
   and of a tree leaves in the KV slots that their tokens are moved away from.
 * `in_graphs_of:ROWS`: makes SGLang's own capture right for prompts in graphs of so many rows a data-parallel rank: it
@@ -22,6 +24,7 @@ import shutil
 import time
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -41,10 +44,26 @@ def register() -> None:
     import multiprocessing
 
     what, _, file = os.environ.get("SGLANG_SPY", "").partition(":")
-    if multiprocessing.current_process().name == "MainProcess" or not what:
+    if multiprocessing.current_process().name == "MainProcess":
         return
-    spies = (consumed, altered, altered_in_graphs, followed, in_graphs_of, timed)
-    {spy.__name__: spy for spy in spies}[what](file)
+    routers()
+    spies = (consumed, altered, altered_in_graphs, numbered, followed, in_graphs_of, timed)
+    if what:
+        {spy.__name__: spy for spy in spies}[what](file)
+
+
+def routers() -> None:
+    import torch
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def draw(_: Any, model: Any, *__: Any, **___: Any) -> None:
+        """Weights of each router by its name, which is the same on every rank and in every engine."""
+        for name, weight in model.state_dict().items():
+            if name.endswith(".mlp.gate.weight"):
+                drawn = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
+                weight.copy_(drawn.uniform_(-1, 1, generator=torch.Generator("cpu").manual_seed(crc32(name.encode()))))
+
+    HookRegistry.register("sglang.srt.model_loader.weight_utils.initialize_dummy_weights", draw, HookType.AFTER)
 
 
 def consumed(file: str) -> None:
@@ -147,6 +166,24 @@ def altered_in_graphs(_: str) -> None:
         take(graph, slot, ids)
 
     _DecodeGraph.take = changed  # type: ignore[method-assign]
+
+
+def numbered(_: str) -> None:
+    from expert_lens.engines.sglang import model
+
+    facts = model.facts
+
+    def checked(runner: Any) -> dict[str, Any]:
+        found = facts(runner)
+        modules = dict(runner.model.named_modules())
+        topks = [name for name in modules if name.endswith(".topk")]
+        numbers = [(modules[name].layer_id, modules[name.removesuffix("topk") + "experts"].layer_id) for name in topks]
+        assert len(numbers) == len(found["layers"])
+        assert all(told == made for told, made in numbers), numbers
+        print(f"{len(numbers)} layers are numbered as their experts", flush=True)
+        return found
+
+    model.facts = checked
 
 
 def followed(_: str) -> None:

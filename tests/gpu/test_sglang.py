@@ -48,13 +48,19 @@ def run(job: str, options: dict[str, Any] | None = None) -> tuple[dict[str, Any]
 def agrees(found: dict[str, Any], *, requests: int, ids: int, layers: int = 48, alike: float = 0.01) -> None:
     """Each id of every layer of so many requests was compared, at least `ids`, and is SGLang's own; none was dropped.
 
-    `alike`: how many of the rows may be as the one before, which would agree in the wrong places too.
+    `alike`: how many of the rows may be as the one before, which would agree in the wrong places too, as a layer would
+    whose experts are those of the layer before.
     """
     assert (found["requests"], found["different"], found["missing"], found["wrong_length"]) == (requests, 0, 0, 0)
     assert found["layers"] == layers
     assert found["ids"] >= ids
     assert found["dropped_tokens"] == 0
     assert found["alike"] <= found["positions"] * alike
+    assert found["alike_layers"] <= found["positions"] * layers * 0.01
+
+
+def prompts_ran_in_graphs(log: str) -> bool:
+    return re.search("Prefill batch.*graph: True", log) is not None
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -73,6 +79,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "model_intermediate_size": 128,  # of an expert, here
         "model_num_key_value_heads": 8,
         "model_pad_token_id": 1,
+        "spy": "numbered",  # by us: what SGLang's own capture has follows from that
     },
     "256 experts, breakable graphs of prefill": {
         "model_num_experts": 256,
@@ -84,10 +91,12 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_rows_are_those_of_sglangs_own_capture(way: str) -> None:
-    found, _ = run("check", dict(WAYS[way]))
+    found, log = run("check", dict(WAYS[way]))
     layers, repeats = WAYS[way].get("model_num_hidden_layers", 48), WAYS[way].get("repeats", 1)
     agrees(found, requests=159 * repeats, ids=450_000 * repeats * layers, layers=layers)
     assert (found["control"], found["states"]) == (1, ["finished"])
+    assert prompts_ran_in_graphs(log) == ("cuda_graph_backend_prefill" in WAYS[way])
+    assert ("48 layers are numbered as their experts" in log) == ("spy" in WAYS[way])
     assert found["publisher"] == ("stream" if "disable_cuda_graph" in WAYS[way] else "graph")
     assert (found["cached"] > 10_000) == ("disable_radix_cache" not in WAYS[way])
     late = found["late"]
@@ -154,6 +163,8 @@ def test_rows_are_what_the_moe_kernel_consumed(stages: int, graphs: bool) -> Non
     found, _ = run("alone", {"pp_size": stages, "disable_cuda_graph": not graphs})
     assert found["ids"] > 1_000_000
     assert (found["not_as_consumed"], found["outputs_differ"], found["not_as_native"]) == (0, 0, 0)
+    assert found["alike_layers"] < found["ids"] / 8 * 0.01
+    assert (found["publisher"], found["dropped_tokens"]) == ("graph" if graphs else "stream", 0)
 
 
 def test_an_engine_with_the_lens_alone_gives_what_one_without_it_gives() -> None:
@@ -217,7 +228,7 @@ def test_rows_of_several_gpus_are_those_of_sglangs_own_capture(way: str) -> None
     stages = RANKS[way].get("pp_size", 1)
     agrees(found, requests=159, ids=20_000_000 // stages, layers=48 // stages)
     assert found["control"] == 1
-    assert bool(re.search("Prefill batch.*graph: True", log)) == ("cuda_graph_backend_prefill" in RANKS[way])
+    assert prompts_ran_in_graphs(log) == ("cuda_graph_backend_prefill" in RANKS[way])
     assert log.count("expert_lens publishes as capture") == found["arenas"] == RANKS[way].get("dp_size", 1) * stages
 
 
