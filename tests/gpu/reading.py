@@ -1,6 +1,7 @@
 """A reader in a process of its own, without CUDA and without torch: checks every row against what numpy expects.
 
-`python reading.py CAPTURE NUM_EXPERTS ROWS_A_BLOCK`; prints "ready", and at the end one JSON object.
+`python reading.py CAPTURE NUM_EXPERTS ROWS_A_BLOCK`; prints "ready", and at the end one JSON object. `slots`: how many
+rows came with a KV slot.
 """
 
 import json
@@ -15,7 +16,7 @@ from expert_lens._core import NO_SLOT, RowStream
 def main(capture: str, num_experts: int, rows_a_block: int) -> None:
     stream = RowStream(capture)
     print("ready", flush=True)
-    rows = wrong = wrong_tokens = wrong_slots = corrupt = 0
+    rows = wrong = wrong_tokens = told_slots = wrong_slots = corrupt = 0
     steps = set()
     over = False
     while not over:
@@ -26,6 +27,7 @@ def main(capture: str, num_experts: int, rows_a_block: int) -> None:
         )
         wrong_tokens += int((block["token_ids"] != block["positions"] + block["steps"] % 1000).sum())
         slots, told = block["kv_slots"], block["kv_slots"] != NO_SLOT
+        told_slots += int(told.sum())
         wrong_slots += int((slots != block["positions"] * 3 + block["steps"])[told].sum())
         rows += len(block["steps"])
         corrupt += block["corrupt"]
@@ -33,7 +35,7 @@ def main(capture: str, num_experts: int, rows_a_block: int) -> None:
         stream.release()
     assert "torch" not in sys.modules
     wrongs = {"wrong": wrong, "wrong_tokens": wrong_tokens, "wrong_slots": wrong_slots, "corrupt": corrupt}
-    found = {"rows": rows, "steps": len(steps), **wrongs, "dropped": stream.dropped_tokens}
+    found = {"rows": rows, "slots": told_slots, "steps": len(steps), **wrongs, "dropped": stream.dropped_tokens}
     print(json.dumps(found), flush=True)
 
 

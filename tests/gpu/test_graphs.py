@@ -242,7 +242,7 @@ def test_what_does_not_fit_is_dropped_and_counted(way: str, opened: Opened) -> N
 def test_the_cpu_may_run_ahead_of_the_device(monkeypatch: pytest.MonkeyPatch, opened: Opened) -> None:
     monkeypatch.setenv("EXPERT_LENS_PUBLISHER", GRAPH)
     tap, stream = opened("ahead")
-    entries, replays = 8, 30
+    entries, replays = 8, 12
     monkeypatch.setattr(tap, "mailbox", partial(tap.writer.mailbox, entries=entries))
     forward = GraphForward(tap, 4, counting=True)
     forward.step.fill_(-1)
@@ -607,6 +607,7 @@ def test_drops_under_load_are_counted_and_what_comes_is_whole(
     assert dropped > 0
     assert (found["wrong"], found["wrong_tokens"], found["wrong_slots"], found["corrupt"]) == (0, 0, 0, 0)
     assert found["rows"] == sent - dropped
+    assert 0 < found["slots"] < found["rows"] if mixed else found["slots"] == found["rows"]
     assert tap.error is None
 
 
@@ -682,7 +683,7 @@ def test_stress(monkeypatch: pytest.MonkeyPatch, mixed: bool, new_tap: NewTap) -
     source = OnDevice(128, 16384)
     torch.cuda.synchronize()
     rng = random.Random(1)
-    sent = 0
+    sent = by_graph = 0
     for step in range(STEPS):
         rows = 16384 if step % 10_000 == 5_000 else rng.choice(SIZES)
         if mixed and step % 2:
@@ -694,11 +695,13 @@ def test_stress(monkeypatch: pytest.MonkeyPatch, mixed: bool, new_tap: NewTap) -
             with torch.cuda.stream(stream):
                 forward.step.fill_(step)
                 forward.recorded.replay(forward.graph.replay, graphs.ReplayRows([(1, "a", 0, rows, 0, "decode")], rows))
+            by_graph += rows
         sent += rows
     torch.cuda.synchronize()
     tap.writer.close()
     assert report(reader) == {
-        "rows": sent, "steps": STEPS, "wrong": 0, "wrong_tokens": 0, "wrong_slots": 0, "corrupt": 0, "dropped": 0,
+        "rows": sent, "slots": by_graph, "steps": STEPS, "wrong": 0, "wrong_tokens": 0, "wrong_slots": 0, "corrupt": 0,
+        "dropped": 0,
     }  # fmt: skip
     assert tap.error is None
     assert tap.writer.publisher == GRAPH

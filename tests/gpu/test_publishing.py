@@ -187,7 +187,8 @@ def test_stress(way: str) -> None:
     writer.close()
     found = report(reader)
     assert found == {
-        "rows": sent, "steps": STEPS, "wrong": 0, "wrong_tokens": 0, "wrong_slots": 0, "corrupt": 0, "dropped": 0,
+        "rows": sent, "slots": 0, "steps": STEPS, "wrong": 0, "wrong_tokens": 0, "wrong_slots": 0, "corrupt": 0,
+        "dropped": 0,
     }  # fmt: skip
     assert writer.publisher == way
 
@@ -418,11 +419,12 @@ def test_two_devices_publish_into_one_arena() -> None:
         with torch.cuda.device(device):
             forwards.append(GraphForward(tap, 64))
             sources.append(OnDevice(128, 64, f"cuda:{device}"))
-    sent = 0
+    sent = by_graph = 0
     for step in range(2000):
         rows, device = step % 64 + 1, step // 2 % 2
         if step % 2:
             forwards[device].replay(rows)  # whatever device is the current one
+            by_graph += rows
         else:
             packed, tokens = sources[device].experts(step, rows), sources[device].token_ids(step, rows)
             tap.writer.set_batch([(1, "a", 0, rows, 0, "decode")])
@@ -439,5 +441,6 @@ def test_two_devices_publish_into_one_arena() -> None:
     tap.close()
     found = report(reader)
     assert found == {
-        "rows": sent, "steps": 2000, "wrong": 0, "wrong_tokens": 0, "wrong_slots": 0, "corrupt": 0, "dropped": 0,
+        "rows": sent, "slots": by_graph, "steps": 2000, "wrong": 0, "wrong_tokens": 0, "wrong_slots": 0, "corrupt": 0,
+        "dropped": 0,
     }  # fmt: skip
