@@ -49,10 +49,10 @@ class Step:
 class Rows:
     """Whose rows a step holds: what `publish` needs besides the experts.
 
-    `spans`: as in `Writer.set_batch`, over the kept rows. `positions`: u32 [n], of the kept rows; of a step on a GPU
-    they may be there, as int32. `token_ids`: what the forward ran over, an id for each of its rows, where the model has
-    it; or None. `kept`: indices of the kept rows among the forward's rows, in order; None: the first n, which are all
-    but for padding behind them. `kv_slots`: of a step on a GPU, int32 [n] there, where the engine has such slots.
+    `spans`: as in `Writer.set_batch`, over the kept rows. `positions`: u32 [n], of the kept rows; or a tensor of int32
+    on the step's device. `token_ids`: what the forward ran over, an id for each of its rows, where the model has it; or
+    None. `kept`: indices of the kept rows among the forward's rows, in order; None: the first n, which are all but for
+    padding behind them. `kv_slots`: int32 [n] on the step's device, where the engine has such slots.
     """
 
     __slots__ = ("kept", "kv_slots", "positions", "spans", "token_ids")

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from expert_lens.errors import CudaError, UnsupportedModelError
-from expert_lens.steps import DecodeRun, Indices, Rows, Step
+from expert_lens.steps import U32, DecodeRun, Indices, Rows, Step
 from expert_lens.streams import follow, own, relaxed_capture, sent
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Tap:
         self._late: dict[int, torch.cuda.Stream] = {}
         """By device, a stream of ours for what another thread has left: that one may capture a graph on its own by the
         time it is written, and what is enqueued there would become a part of it."""
-        self._jobs: deque[Callable[[], None]] = deque()
+        self._jobs: deque[Callable[[], Any]] = deque()
         self._matched = True
         """False while a replay that has failed is taken back: its graph's posts may be another replay's until then, and
         rows of replays are lost and counted."""
@@ -301,12 +301,13 @@ class Tap:
             return
         if at_once or len(self._jobs) >= MAX_WAITING_STEPS:
             self.lose(len(experts))
-        elif not on_device:
-            self._submit(write)
+            return
+        rows = Rows(rows.spans, own(rows.positions), None, kv_slots=own(rows.kv_slots))
+        if not on_device:
+            self._submit(partial(self._write, experts, weights, token_ids, rows, next_step))
         elif (late := self._late.get(stream.device_index)) is None:
             self.lose(len(experts))
         else:
-            rows = Rows(rows.spans, own(rows.positions), None, kv_slots=own(rows.kv_slots))
             follow(late, stream, (experts, weights, token_ids, rows.positions, rows.kv_slots))
             self._submit(partial(self._write_device, experts, weights, token_ids, rows, late))
 
@@ -409,10 +410,14 @@ class Tap:
     def publish_prefix(self, spans: Sequence[Span], kv_slots: torch.Tensor) -> None:
         """State where in the engine's cache the beginnings of requests stand: `Writer.publish_prefix`.
 
-        `kv_slots`: int32 [n] on a GPU, computed on the current stream. It is left out, and those rows are missing, if
+        `kv_slots`: int32 [n]; on a GPU computed on the current stream. It is left out, and those rows are missing, if
         another thread is just publishing and too many steps wait for it already, or the device was not prepared.
         """
         if not self.active:
+            return
+        if not kv_slots.is_cuda:
+            if len(self._jobs) < MAX_WAITING_STEPS:
+                self._submit(partial(self.writer.publish_prefix, spans, _u32(kv_slots)))
             return
         stream = torch.cuda.current_stream(kv_slots.device)
         if self._in_turn(self._write_prefix, spans, kv_slots, stream):
@@ -464,13 +469,14 @@ class Tap:
         rows: Rows,
         next_step: tuple[DecodeRun, int] | None,
     ) -> None:
-        assert not isinstance(rows.positions, torch.Tensor), "positions on a GPU come with experts there"
+        positions = rows.positions
         self.set_batch(rows.spans)
         self.writer.publish(
             experts.numpy() if experts.dtype == torch.uint8 else experts.numpy().view(np.uint16),
-            None if token_ids is None else token_ids.numpy().view(np.uint32),
-            rows.positions,
+            None if token_ids is None else _u32(token_ids),
+            _u32(positions) if isinstance(positions, torch.Tensor) else positions,
             None if weights is None else weights.numpy(),
+            kv_slots=None if rows.kv_slots is None else _u32(rows.kv_slots),
         )
         self._next = next_step
 
@@ -549,7 +555,7 @@ class Tap:
         if self._jobs:
             self._run_jobs()
 
-    def _submit(self, job: Callable[[], None]) -> None:
+    def _submit(self, job: Callable[[], Any]) -> None:
         """Run the job, or leave it to the thread that has the turn: never wait for it."""
         self._jobs.append(job)
         self._run_jobs()
@@ -565,6 +571,11 @@ class Tap:
         """Do what others have left, having the turn."""
         while self._jobs:
             self.guard(self._jobs.popleft())
+
+
+def _u32(column: torch.Tensor) -> U32:
+    """An int32 column of the CPU, as the writer takes it: the same memory."""
+    return column.numpy().view(np.uint32)
 
 
 _taps: weakref.WeakSet[Tap] = weakref.WeakSet()

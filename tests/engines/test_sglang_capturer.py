@@ -19,26 +19,13 @@ from expert_lens.engines.sglang.capturer import Capturer
 from expert_lens.engines.sglang.layout import Layout
 from expert_lens.engines.sglang.scheduler import _follow_forwards
 from expert_lens.errors import EngineHookError, SilentTapError
-from expert_lens.steps import Rows, Step
+from expert_lens.steps import Step
 from expert_lens.tap import Tap
 from stand_ins import stand_in
 
 LAYERS, EXPERTS, TOP_K = [1, 2, 5], 256, 2
 FACTS: dict[str, Any] = {"layers": LAYERS, "num_experts": EXPERTS, "top_k": TOP_K}
 ONE = Layout(1, 0, 1, 0, 1, 0, 1, 0)
-
-
-class HostTap(Tap):
-    """Publishes from the CPU what otherwise a GPU does."""
-
-    def publish(self, experts: Any, _: Any, rows: Rows, *__: Any, **___: Any) -> None:
-        self.set_batch(rows.spans)
-        columns = [rows.token_ids, rows.positions, rows.kv_slots]
-        tokens, positions, slots = (torch.as_tensor(one).to(torch.int32).numpy().view(np.uint32) for one in columns)
-        self.writer.publish(experts.numpy(), tokens, positions, kv_slots=slots)
-
-    def publish_prefix(self, spans: Any, kv_slots: torch.Tensor) -> None:
-        self.writer.publish_prefix(spans, kv_slots.numpy().view(np.uint32))
 
 
 class Mode(SimpleNamespace):
@@ -65,11 +52,12 @@ class Engine:
     """Runs forwards of known experts through the capturer."""
 
     def __init__(self, layout: Layout = ONE) -> None:
-        self.tap = HostTap(Writer("scheduler", **FACTS, kv_slots=1000), **FACTS)
+        self.tap = Tap(Writer("scheduler", **FACTS, kv_slots=1000), **FACTS)
         self.native = Native()
         table = torch.arange(40 * 100, dtype=torch.int32).reshape(40, 100) % 1000
         runner = SimpleNamespace(device="cpu", req_to_token_pool=SimpleNamespace(req_to_token=table))
         self.capturer = Capturer(runner, self.native, self.tap, layout, max_rows=64, slots=True)
+        self.capturer._on_gpu = True  # as far as captures of graphs go, which tests pretend
         self.collector = Collector("scheduler")
         self.rng = np.random.default_rng(0)
         self.slot = 100

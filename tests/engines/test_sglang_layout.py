@@ -83,6 +83,7 @@ def test_a_padded_forward_of_one_rank_begins_with_its_rows() -> None:
     ("ranks", "options", "backend", "message"),
     [
         ({"attn_cp_size": 2}, {}, "none", "context-parallel ranks"),
+        ({}, {"device": "npu"}, "none", "--device npu"),
         ({"attn_tp_size": 2}, {}, "deepep", "--moe-a2a-backend deepep over 2 attention ranks"),
         ({"attn_tp_size": 4}, {}, "mooncake", "--moe-a2a-backend mooncake over 4 attention ranks"),
         ({}, {"enable_two_batch_overlap": True}, "none", "--enable-two-batch-overlap"),
@@ -101,5 +102,6 @@ def test_what_gives_no_whole_rows_is_refused_by_name(
 
 def test_what_gives_whole_rows_is_not_refused() -> None:
     refuse_unknown(layout(attn_tp_size=4), SimpleNamespace(), "none")
+    refuse_unknown(layout(), SimpleNamespace(device="cpu"), "none")
     refuse_unknown(layout(), SimpleNamespace(enable_dynamic_chunking=True), "none")
     refuse_unknown(layout(attn_dp_size=4), SimpleNamespace(enable_pdmux=False, kt_weight_path=None), "deepep")

@@ -30,8 +30,10 @@ class NotingWriter:
     def set_batch(self, spans: Any) -> None:
         self.calls.append(("set_batch", list(spans)))
 
-    def publish(self, experts: Any, token_ids: Any, positions: Any, weights: Any = None) -> bool:
-        self.calls.append(("publish", experts, token_ids, positions, weights))
+    def publish(
+        self, experts: Any, token_ids: Any, positions: Any, weights: Any = None, *, kv_slots: Any = None
+    ) -> bool:
+        self.calls.append(("publish", experts, token_ids, positions, weights, kv_slots))
         return False  # dropped: nothing else may happen
 
     def fail(self, reason: str) -> None:
@@ -116,7 +118,7 @@ def test_rows_that_are_not_kept_are_dropped_from_all_parts() -> None:
     scores = torch.rand(2, 3, 2)
     experts, weights = tap.pack(held(tap, FIRST, SECOND, weights=scores), 3)
     tap.publish(experts, weights, rows(2, kept=np.array([0, 2])))
-    _, published, token_ids, _, published_weights = writer.calls[1]
+    _, published, token_ids, _, published_weights, _ = writer.calls[1]
     assert token_ids.tolist() == [0, 14]
     np.testing.assert_array_equal(published, [PACKED[0], PACKED[2]])
     np.testing.assert_array_equal(published_weights, scores.transpose(0, 1)[[0, 2]].half().numpy())
@@ -238,10 +240,10 @@ def test_a_thread_that_finds_another_one_publishing_does_not_wait() -> None:
     inside, go_on = threading.Event(), threading.Event()
     publish = writer.publish
 
-    def slow(*args: Any) -> bool:
+    def slow(*args: Any, **more: Any) -> bool:
         inside.set()
         assert go_on.wait(10)
-        return publish(*args)
+        return publish(*args, **more)
 
     writer.publish = slow  # type: ignore[method-assign]
     other = threading.Thread(target=lambda: tap.publish(*packed, rows(3, [(1, "other", 0, 3, 3, "prefill")])))
@@ -257,6 +259,39 @@ def test_a_thread_that_finds_another_one_publishing_does_not_wait() -> None:
     assert tap.lost_tokens == 0
     owners = [call[1][0][1] for call in writer.calls if call[0] == "set_batch"]
     assert owners == ["other", *["mine"] * MAX_WAITING_STEPS], "spans and rows of two threads were mixed"
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_positions_and_kv_slots_of_the_engines_own_are_as_they_were_given(waits: bool) -> None:
+    """Of a step that waits, too, though the engine goes on to write into them."""
+    tap, writer = make_tap()
+    positions, slots = torch.arange(3, dtype=torch.int32), torch.arange(50, 53, dtype=torch.int32)
+    with somebody_publishes(tap) if waits else contextlib.nullcontext():
+        tap.publish(
+            *tap.pack(held(tap, FIRST, SECOND), 3),
+            Rows([(1, "a", 0, 3, 3, "prefill")], positions, torch.arange(3), kv_slots=slots),
+        )
+        if waits:
+            positions += 100
+            slots += 100
+    tap.finish(1, "a", 3, "finished")
+    _, _, _, published, _, published_slots = writer.calls[1]
+    assert (published.tolist(), published_slots.tolist()) == ([0, 1, 2], [50, 51, 52])
+    assert published.dtype == published_slots.dtype == np.uint32
+    assert tap.error is None
+
+
+def test_prefixes_on_a_cpu_wait_for_who_publishes_and_not_without_bound() -> None:
+    tap, writer = make_tap()
+    writer.publish_prefix = lambda *what: writer.calls.append(("prefix", *what))  # type: ignore[attr-defined]
+    with somebody_publishes(tap):
+        for first in range(MAX_WAITING_STEPS + 3):
+            tap.publish_prefix([(1, "a", 0, 2, 9, "prefill")], torch.tensor([first, 7], dtype=torch.int32))
+        assert writer.calls == []
+    tap.finish(1, "a", 3, "finished")
+    assert writer.names == [*["prefix"] * MAX_WAITING_STEPS, "finish"]
+    assert [call[2].tolist() for call in writer.calls[:2]] == [[0, 7], [1, 7]]
+    assert writer.calls[0][2].dtype == np.uint32
 
 
 def test_many_threads_never_mix_spans_and_rows() -> None:

@@ -56,6 +56,7 @@ class Capturer:
         self._layout = layout
         self._runner = runner
         self._slots = slots
+        self._on_gpu = runner.device == "cuda"
         self._layer_slots = {layer: slot for slot, layer in enumerate(tap.layers)}
         self._static = StaticExperts(tap, max_rows, runner.device)
         self._batch: Any = None
@@ -98,7 +99,7 @@ class Capturer:
         elif self._decode_graph is not None:
             if torch.cuda.is_current_stream_capturing():  # else it warms up
                 self.tap.guard(self._decode_graph.take, slot, ids)
-        elif torch.cuda.is_current_stream_capturing():
+        elif self._on_gpu and torch.cuda.is_current_stream_capturing():
             self.tap.guard(self._record_static, slot, ids)
         elif self._batch is not None:
             if not self._begun:
