@@ -11,7 +11,7 @@ first two stand side by side: they are started at once, and take turns by the ru
 * `lens, nobody reads`: the plugin alone.
 * `lens, recorded`: and `expert-lens record` in a process of its own writes Parquet; needs polars.
 * `native` and `native, no overlap`: SGLang's `return_routed_experts`, with and without overlap scheduling.
-* `timing`: what the lens takes of the scheduler's thread in a step, launch left out (tests/gpu/sglang_spy.py); by a
+* `timing`: what the lens takes of the scheduler's thread in a step, launch left out (tests/engines/sglang_spy.py); by a
   model of small layers.
 
 The same prompts in every run: 1 request of 1024 + 1024 tokens, 64 of 1024 + 512, each several times after a warm-up.
@@ -44,7 +44,7 @@ ORDER = ("off", "lens", "lens, recorded", "native", "native, no overlap", "off",
 EXPERIMENTS = ((1, 1024), (64, 512))
 PROMPT, RUNS, SKIPPED = 1024, 2, 48
 READY = "READY"
-TESTS = Path(__file__).parent.parent / "tests" / "gpu"
+TESTS = Path(__file__).parent.parent / "tests" / "engines"
 MODEL: dict[str, Any] = {
     "head_dim": 128,
     "hidden_size": 2048,
@@ -114,9 +114,9 @@ def run_mode(mode: str) -> None:
     """Start an engine, say that it is ready, and for each line of input run the experiments and print their figures."""
     sys.path.insert(0, str(TESTS))
     import sglang
-    import sglang_engine
 
     import expert_lens
+    import sglang_engine
 
     native = mode.startswith("native")
     if mode.startswith("lens"):

@@ -1,4 +1,4 @@
-"""Sources of SGLang, whose releases cannot be imported without a GPU: brought from the package registry, and read."""
+"""Sources of SGLang's releases, brought from the package registry, and read without being imported."""
 
 import ast
 import subprocess

@@ -1,66 +1,17 @@
 """Real SGLang engines, in the ways in which it runs a model on one GPU: rows as its own capture has them, exactly."""
 
 import importlib.util
-import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parent / "sglang_engine.py"
-ENGINE_SECONDS = 420
-"""After which an engine is killed; its log tells what it was doing."""
+from sglang_runs import OTHER_MODELS, agrees, prompts_ran_in_graphs, run
+
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang is not installed here"),
     pytest.mark.timeout(600),
 ]
-
-
-def run(job: str, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], str]:
-    """What the job printed last, and its whole log."""
-    with tempfile.TemporaryFile("w+", errors="replace") as file:
-        code: int | None = None
-        with suppress(subprocess.TimeoutExpired):
-            code = subprocess.run(
-                [sys.executable, str(SCRIPT), job, json.dumps(options or {})],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=ENGINE_SECONDS,
-                cwd=SCRIPT.parent,
-                # Engines of other tests may be on one of the GPUs alone.
-                env={**os.environ, "PYTHONUNBUFFERED": "1", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"},
-            ).returncode
-        file.seek(0)
-        log = file.read()
-    results = [line for line in log.splitlines() if line.startswith('{"')]
-    assert code == 0, log[-6000:]
-    print(job, options, results[-1], *(line for line in log.splitlines() if "expert_lens" in line), sep="\n")
-    return json.loads(results[-1]), log
-
-
-def agrees(found: dict[str, Any], *, requests: int, ids: int, layers: int = 48, alike: float = 0.01) -> None:
-    """Each id of every layer of so many requests was compared, at least `ids`, and is SGLang's own; none was dropped.
-
-    `alike`: how many of the rows may be as the one before, which would agree in the wrong places too, as a layer would
-    whose experts are those of the layer before.
-    """
-    assert (found["requests"], found["different"], found["missing"], found["wrong_length"]) == (requests, 0, 0, 0)
-    assert found["layers"] == layers
-    assert found["ids"] >= ids
-    assert found["dropped_tokens"] == 0
-    assert found["alike"] <= found["positions"] * alike
-    assert found["alike_layers"] <= found["positions"] * layers * 0.01
-
-
-def prompts_ran_in_graphs(log: str) -> bool:
-    return re.search("Prefill batch.*graph: True", log) is not None
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -73,14 +24,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "breakable graphs of prefill": {"disable_prefill_cuda_graph": None, "cuda_graph_backend_prefill": "breakable"},
     "compiled prefill": {"disable_prefill_cuda_graph": None, "cuda_graph_backend_prefill": "tc_piecewise"},
     "288 experts": {"model_num_experts": 288, "model_num_hidden_layers": 12},
-    "OLMoE": {
-        "model_architectures": ["OlmoeForCausalLM"],
-        "model_model_type": "olmoe",
-        "model_intermediate_size": 128,  # of an expert, here
-        "model_num_key_value_heads": 8,
-        "model_pad_token_id": 1,
-        "spy": "numbered",  # by us: what SGLang's own capture has follows from that
-    },
+    # By us: what SGLang's own capture has follows from that.
+    "OLMoE": {**OTHER_MODELS["OLMoE"], "spy": "numbered"},
     "256 experts, breakable graphs of prefill": {
         "model_num_experts": 256,
         "disable_prefill_cuda_graph": None,

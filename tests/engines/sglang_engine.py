@@ -6,7 +6,7 @@ other jobs are below. Options: those of `sglang.Engine`, and `model_...` for the
 
 import asyncio
 import base64
-import dataclasses
+import inspect
 import json
 import os
 import subprocess
@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import sglang
 from sglang.srt.server_args import ServerArgs
-from sglang_spy import install, read_consumed
 
 import expert_lens
 from expert_lens.errors import MissingRowsError
+from sglang_spy import install, read_consumed
 
 MODEL: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -98,7 +98,7 @@ def prepare(options: dict[str, Any]) -> tuple[dict[str, Any], Shape]:
     folder = tempfile.mkdtemp()
     (Path(folder) / "config.json").write_text(json.dumps(model))
     chosen = {**ENGINE, **{key: value for key, value in options.items() if not key.startswith("model_")}}
-    known = {field.name for field in dataclasses.fields(ServerArgs)}
+    known = set(inspect.signature(ServerArgs).parameters)
     chosen = {key if key in known else OLDER_NAMES[key]: value for key, value in chosen.items() if value is not None}
     if chosen.get("speculative_algorithm") == "NEXTN":
         chosen["speculative_draft_model_path"] = folder
@@ -171,6 +171,15 @@ class Waves:
         self.run(turns[:12] + [self.new(k) for k in rng.integers(3, 500, 12)], rng.integers(2, 60, 24))
         long = [self.new(2500), self.new(40), self.new(1200)] + [self.new(k) for k in rng.integers(3, 60, 60)]
         self.run(long, [30, 200, 40, *rng.integers(20, 150, 60)])
+
+    def few(self) -> None:
+        """A few of such requests: lengths, a shared beginning, second turns, and a long one beside decodes."""
+        rng = self.rng
+        shared = self.new(150)
+        prompts = [self.new(3), self.new(40), *(shared + self.new(k) for k in rng.integers(1, 90, 6))]
+        results = self.run(prompts, rng.integers(1, 24, 8))
+        turns = [p + r["output_ids"] + self.new(7) for p, r in zip(prompts, results, strict=True)]
+        self.run([*turns, self.new(700)], rng.integers(4, 24, 9))
 
     def repeating(self) -> None:
         """Prompts that repeat themselves, one request at a time and several, so that drafts by n-grams are accepted."""
@@ -412,13 +421,13 @@ def timing(options: dict[str, Any]) -> dict[str, Any]:
 
 def abort(options: dict[str, Any]) -> dict[str, Any]:
     """Requests that are aborted while they decode, beside others."""
+    chosen = {"max_new_tokens": options.pop("max_new_tokens", 3000), "ignore_eos": True, "temperature": 0.8}
     expert_lens.enable(name="aborted-ones")
     engine, shape = start(options)
     lens = expert_lens.attach(engine)
     waves = Waves(engine, shape)
 
     async def run() -> list[Any]:
-        chosen = {"max_new_tokens": 3000, "ignore_eos": True, "temperature": 0.8}
         tasks = [
             asyncio.create_task(engine.async_generate(input_ids=waves.new(50), sampling_params=chosen, rid=f"r{i}"))
             for i in range(4)

@@ -1,11 +1,13 @@
 """A plugin of SGLang for tests alone: looks at what is used and what is taken, in the scheduler's process.
 
 `install(folder)` makes an entry point of it. Loaded, it has each layer of a model with dummy weights route in a way of
-its own (`routers`): SGLang gives all layers the same. SGLANG_SPY names what it does beside:
+its own (`routers`): SGLang gives all layers the same; and SGLang's own capture right where there is no GPU
+(`without_a_gpu`). SGLANG_SPY names what it does beside:
 
 * `consumed:FILE`: appends to FILE.DEVICE, a forward behind the other, the experts whose weights the MoE kernel
   multiplies each row with, as told by its tables `sorted_token_ids` and `expert_ids`: int32 n, L, K, then [n, L, K].
-  In a CUDA graph copies of the tables are recorded, and read after each replay.
+  In a CUDA graph copies of the tables are recorded, and read after each replay. On a CPU, what the function is given
+  that goes through the experts; DEVICE is 0.
 * `altered`: gives expert_lens one id that is not the one chosen, in the second forward of prompts.
 * `altered_in_graphs`: the same in every replay of a decode graph, for its first row.
 * `numbered`: sees that every layer's `TopK` has the number that its experts were told when the model was made.
@@ -22,6 +24,7 @@ import inspect
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -47,6 +50,7 @@ def register() -> None:
     if multiprocessing.current_process().name == "MainProcess":
         return
     routers()
+    without_a_gpu()
     spies = (consumed, altered, altered_in_graphs, numbered, followed, in_graphs_of, timed)
     if what:
         {spy.__name__: spy for spy in spies}[what](file)
@@ -59,11 +63,49 @@ def routers() -> None:
     def draw(_: Any, model: Any, *__: Any, **___: Any) -> None:
         """Weights of each router by its name, which is the same on every rank and in every engine."""
         for name, weight in model.state_dict().items():
-            if name.endswith(".mlp.gate.weight"):
+            if name.endswith(".gate.weight"):
                 drawn = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
                 weight.copy_(drawn.uniform_(-1, 1, generator=torch.Generator("cpu").manual_seed(crc32(name.encode()))))
 
     HookRegistry.register("sglang.srt.model_loader.weight_utils.initialize_dummy_weights", draw, HookType.AFTER)
+
+
+def without_a_gpu() -> None:
+    """SGLang's own capture pins its memory; and what it gives of a forward lies where the next one writes, if nothing
+    copies it from a device.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    zeros = torch.zeros
+
+    def unpinned(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Any:  # noqa: ARG001
+        return zeros(*args, **kwargs)
+
+    torch.zeros = unpinned
+    with suppress(ImportError):
+        from sglang.srt.mem_cache.pool_host import common
+
+        common._cuda_host_register = lambda *_, **__: None  # in newer releases
+    try:
+        from sglang.srt.state_capturer.routed_experts import RoutedExpertsCapturer as Native
+    except ImportError:  # before 0.5.15
+        from sglang.srt.layers.moe.routed_experts_capturer import _RoutedExpertsCapturerReal as Native
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    for name in ("get_cuda_graph_seq_len_fill_value", "get_cpu_graph_seq_len_fill_value"):
+        setattr(TorchNativeAttnBackend, name, lambda _: 1)  # data-parallel attention pads with it, graph or not
+    on_forward_end = Native.on_forward_end
+
+    def copied(*args: Any, **kwargs: Any) -> Any:
+        output = on_forward_end(*args, **kwargs)
+        for name, value in vars(output).items() if output is not None else ():
+            if isinstance(value, torch.Tensor):
+                setattr(output, name, value.clone())
+        return output
+
+    Native.on_forward_end = copied
 
 
 def consumed(file: str) -> None:
@@ -86,8 +128,24 @@ def consumed(file: str) -> None:
 
     def write(of_layers: list[Any]) -> None:
         rows = np.stack(of_layers, axis=1)
-        with open(f"{file}.{torch.cuda.current_device()}", "ab") as out:
+        device = torch.cuda.current_device() if torch.cuda.is_available() else 0
+        with open(f"{file}.{device}", "ab") as out:
             out.write(np.array(rows.shape, np.int32).tobytes() + rows.tobytes())
+
+    def add(layer: Any) -> None:
+        layers.append(layer)
+        if len(layers) == num_layers:
+            write(layers)
+            layers.clear()
+
+    def around_experts(original: Any, layer: Any, x: Any, topk_output: Any, *more: Any) -> Any:
+        add(topk_output[1].numpy().astype(np.int32))
+        return original(layer, x, topk_output, *more)
+
+    if not torch.cuda.is_available():
+        target = "sglang.srt.layers.moe.fused_moe_native.moe_forward_native"
+        HookRegistry.register(target, around_experts, HookType.AROUND)
+        return
 
     def around(original: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -99,10 +157,7 @@ def consumed(file: str) -> None:
             if torch.cuda.is_current_stream_capturing():
                 recorded.append((*(table.clone() for table in tables), *more))
             else:
-                layers.append(consumed_rows(*tables, *more))
-                if len(layers) == num_layers:
-                    write(layers)
-                    layers.clear()
+                add(consumed_rows(*tables, *more))
         return original(*args, **kwargs)
 
     begin, replay = torch.cuda.CUDAGraph.capture_begin, torch.cuda.CUDAGraph.replay

@@ -1,0 +1,96 @@
+"""Jobs of `sglang_engine.py`, each in a process of its own, and what must be true of what they found."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+SCRIPT = Path(__file__).parent / "sglang_engine.py"
+ENGINE_SECONDS = 420
+"""After which an engine is killed; its log tells what it was doing."""
+
+ALWAYS = {
+    "PYTHONUNBUFFERED": "1",
+    "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",  # engines of other tests may be on one of the GPUs alone
+}
+OTHER_MODELS: dict[str, dict[str, Any]] = {
+    "OLMoE": {
+        "model_architectures": ["OlmoeForCausalLM"],
+        "model_model_type": "olmoe",
+        "model_hidden_size": 512,
+        "model_intermediate_size": 128,  # of an expert, here
+        "model_num_key_value_heads": 8,
+        "model_pad_token_id": 1,
+    },
+    "Mixtral": {
+        "model_architectures": ["MixtralForCausalLM"],
+        "model_model_type": "mixtral",
+        "model_hidden_size": 512,
+        "model_intermediate_size": 128,
+        "model_num_experts": 8,
+        "model_num_local_experts": 8,
+        "model_num_experts_per_tok": 2,
+    },
+}
+"""Whose layers SGLang does not number in some releases: `numbered` of `sglang_spy` sees whether we do so rightly."""
+
+
+def run(
+    job: str, options: dict[str, Any] | None = None, environment: Mapping[str, str] | None = None
+) -> tuple[dict[str, Any], str]:
+    """What the job printed last, and its whole log; `environment`: variables beside those of this process."""
+    with tempfile.TemporaryFile("w+", errors="replace") as file:
+        code: int | None = None
+        with suppress(subprocess.TimeoutExpired):
+            code = subprocess.run(
+                [sys.executable, str(SCRIPT), job, json.dumps(options or {})],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=ENGINE_SECONDS,
+                cwd=SCRIPT.parent,
+                # Engines of other tests may be on one of the GPUs alone.
+                env={
+                    **os.environ,
+                    **(environment or {}),
+                    "PYTHONUNBUFFERED": "1",
+                    "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
+                },
+            ).returncode
+        file.seek(0)
+        log = file.read()
+    results = [line for line in log.splitlines() if line.startswith('{"')]
+    assert code == 0, log[-6000:]
+    print(job, options, results[-1], *(line for line in log.splitlines() if "expert_lens" in line), sep="\n")
+    return json.loads(results[-1]), log
+
+
+def agrees(
+    found: dict[str, Any],
+    *,
+    requests: int,
+    ids: int,
+    layers: int = 48,
+    alike: float = 0.01,
+    alike_layers: float = 0.01,
+) -> None:
+    """Each id of every layer of so many requests was compared, at least `ids`, and is SGLang's own; none was dropped.
+
+    `alike`, `alike_layers`: how many of the rows may be as the one before, and of a row's layers, which would agree in
+    the wrong places too.
+    """
+    assert (found["requests"], found["different"], found["missing"], found["wrong_length"]) == (requests, 0, 0, 0)
+    assert found["layers"] == layers
+    assert found["ids"] >= ids
+    assert found["dropped_tokens"] == 0
+    assert found["alike"] <= found["positions"] * alike
+    assert found["alike_layers"] <= found["positions"] * layers * alike_layers
+
+
+def prompts_ran_in_graphs(log: str) -> bool:
+    return re.search("Prefill batch.*graph: True", log) is not None

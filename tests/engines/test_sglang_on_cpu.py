@@ -1,0 +1,114 @@
+"""Real SGLang engines of several releases, on the CPU: rows as SGLang's own capture has them, exactly.
+
+All that is not a CUDA graph, with overlap scheduling on. The same and more on GPUs: `tests/gpu/test_sglang.py`.
+"""
+
+import re
+from typing import Any
+
+import pytest
+
+from sglang_releases import environment
+from sglang_runs import OTHER_MODELS, agrees, run
+
+pytestmark = pytest.mark.timeout(600)
+
+LAYERS = 4
+CPU: dict[str, Any] = {
+    "device": "cpu",
+    "attention_backend": "torch_native",
+    "moe_runner_backend": "auto",
+    "disable_cuda_graph": True,
+    "mem_fraction_static": 0.1,
+    "max_total_tokens": 20_000,
+    "model_num_hidden_layers": LAYERS,
+    "model_hidden_size": 128,
+}
+FEW = {**CPU, "wave": "few"}
+NEWEST = None
+
+
+def check_few(found: dict[str, Any], *, layers: int = LAYERS, top_k: int = 8) -> None:
+    # Of 8 experts two are often the same two.
+    agrees(found, requests=17, ids=3400 * layers * top_k, layers=layers, alike_layers=0.01 if top_k == 8 else 0.03)
+    assert (found["control"], found["states"], found["publisher"]) == (1, ["finished"], "host")
+    late = found["late"]
+    assert (late["requests"], late["different"], late["missing"]) == (3, 0, 0)
+    assert late["ids"] > 0
+
+
+@pytest.mark.parametrize(("version", "model"), [("0.5.11", "OLMoE"), ("0.5.15", "Mixtral")])
+def test_older_releases_and_models_whose_layers_they_do_not_number(version: str, model: str) -> None:
+    found, log = run("check", {**FEW, **OTHER_MODELS[model], "spy": "numbered"}, environment(version))
+    check_few(found, top_k=OTHER_MODELS[model].get("model_num_experts_per_tok", 8))
+    assert f"{LAYERS} layers are numbered as their experts" in log
+    assert found["cached"] > 1000
+
+
+def test_the_newest_release_with_many_requests() -> None:
+    found, log = run("check", {**CPU, "max_total_tokens": 60_000}, environment(NEWEST))
+    agrees(found, requests=159, ids=450_000 * LAYERS, layers=LAYERS)
+    assert found["cached"] > 10_000
+    assert found["steps"] > 400
+    assert "disable_overlap_schedule=True" not in log
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "mixed chunks of 64": {"chunked_prefill_size": 64, "enable_mixed_chunk": True},
+    "no radix cache, no overlap": {"disable_radix_cache": True, "disable_overlap_schedule": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_to_run(way: str) -> None:
+    found, _ = run("check", {**FEW, **WAYS[way]}, environment(NEWEST))
+    check_few(found)
+    assert (found["cached"] > 1000) == ("disable_radix_cache" not in WAYS[way])
+
+
+RANKS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "tensor parallel 4": (4, 1, {"tp_size": 4}),
+    "data-parallel attention": (2, 2, {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}),
+    "pipeline stages": (2, 2, {"pp_size": 2}),
+}
+"""Processes that compute, those of them that publish, and options."""
+
+
+@pytest.mark.parametrize("way", RANKS)
+def test_ranks(way: str) -> None:
+    """Of pipeline stages SGLang's own capture gives the layers of one."""
+    ranks, publishers, options = RANKS[way]
+    found, log = run("check", {**FEW, **options}, environment(NEWEST, ranks=ranks))
+    check_few(found, layers=LAYERS // options.get("pp_size", 1))
+    assert log.count("expert_lens publishes as capture") == found["arenas"] == publishers
+
+
+def test_rows_are_what_the_experts_were_given() -> None:
+    """With SGLang's capture off; and what another engine's capture gave for the same prompts, and the same outputs."""
+    found, _ = run("alone", CPU, environment(NEWEST))
+    assert found["ids"] > 30_000 * LAYERS
+    assert (found["not_as_consumed"], found["outputs_differ"], found["not_as_native"]) == (0, 0, 0)
+    assert found["alike_layers"] < found["ids"] / 8 * 0.01
+    assert (found["publisher"], found["dropped_tokens"]) == ("host", 0)
+
+
+def test_retracted_requests_begin_again() -> None:
+    """Every few steps SGLang takes requests out, as when its KV pool is full: of the newest releases it seldom is."""
+    retracting = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
+    found, log = run("check", FEW, {**environment(NEWEST), **retracting})
+    assert re.search(r"Testing retraction. #retracted_reqs: [1-9]", log)
+    check_few(found)
+
+
+def test_aborted_requests_end() -> None:
+    found, _ = run("abort", {**CPU, "max_new_tokens": 300}, environment(NEWEST))
+    assert found["state"] == {"r0": "finished", "r1": "aborted", "r2": "aborted", "r3": "finished"}
+    for request, outputs in found["outputs"].items():
+        assert found["rows"][request] == 50 + outputs - 1
+
+
+def test_an_engine_that_was_not_enabled() -> None:
+    found, log = run("off", CPU, environment(NEWEST))
+    assert "expert_lens.enable()" in found["message"]
+    assert found["captures"] == []
+    assert "expert_lens publishes" not in log
