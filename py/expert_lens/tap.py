@@ -86,9 +86,9 @@ class Tap:
         """By device, a stream of ours for what another thread has left: that one may capture a graph on its own by the
         time it is written, and what is enqueued there would become a part of it."""
         self._jobs: deque[Callable[[], Any]] = deque()
-        self._matched = True
-        """False while a replay that has failed is taken back: its graph's posts may be another replay's until then, and
-        rows of replays are lost and counted."""
+        self._unmatched: set[Mailbox] = set()
+        """Of graphs a replay of which has failed and is not taken back yet: what is posted there may be another
+        replay's until then, so that rows of their replays are lost, and counted."""
         self._turn = [None]
         """Who takes this one out may use the writer, and puts it back. `list.pop` is atomic, as a lock is, and touches
         less when nothing of either is in the processor's caches."""
@@ -335,7 +335,7 @@ class Tap:
         counted = False
         try:
             if rows is not None and self.active:
-                if held and self._matched:
+                if held and not (self._unmatched and mailbox in self._unmatched):
                     try:
                         if rows.spans is not self._batch or self.lost_tokens:
                             self.set_batch(rows.spans)
@@ -352,7 +352,7 @@ class Tap:
             replay()
         except BaseException:
             if counted:
-                self._matched = False  # for good if what follows is interrupted, at whatever place
+                self._unmatched.add(mailbox)  # for good if what follows is interrupted, at whatever place
                 self._take_back(mailbox)
             raise
         finally:
@@ -371,7 +371,7 @@ class Tap:
             record = mailbox.retract(stream)
             if record is not None:  # posted, so that the turn is held
                 self.writer.void(record, mailbox.device, stream)
-            self._matched = True
+            self._unmatched.discard(mailbox)
         except Exception as error:
             self.fail(error)
         except BaseException as error:

@@ -549,7 +549,11 @@ def test_a_capture_that_ends_while_a_replay_is_taken_back_has_ended(
     assert writer.names[4:] == ["pass over"]
 
 
-def test_rows_of_replays_are_lost_and_counted_while_another_one_is_taken_back(
+def fails() -> None:
+    raise RuntimeError("in the engine")
+
+
+def test_rows_of_a_graphs_replays_are_lost_and_counted_while_one_is_taken_back(
     launching: tuple[Any, NotingWriter, Any],
 ) -> None:
     tap, writer, mailbox = launching
@@ -558,19 +562,38 @@ def test_rows_of_replays_are_lost_and_counted_while_another_one_is_taken_back(
 
     def retract(_: int) -> None:
         somebody.close()  # nobody has the turn from here on
-        other = threading.Thread(target=tap.launch, args=(NotingMailbox(writer.calls), lambda: None, FOUR_ROWS))
+        other = threading.Thread(target=tap.launch, args=(mailbox, lambda: None, FOUR_ROWS))
         other.start()
         other.join()
 
-    def raises() -> None:
-        raise RuntimeError("in the engine")
-
     mailbox.retract = retract
     with pytest.raises(RuntimeError, match="in the engine"):
-        tap.launch(mailbox, raises, None)
+        tap.launch(mailbox, fails, None)
     assert writer.names == ["pass over", "pass over", "drop"]
     tap.launch(mailbox, lambda: None, FOUR_ROWS)
     assert writer.names[3:] == ["set_batch", "post"]
+
+
+def test_a_replay_that_was_never_taken_back_is_not_by_another_graphs(
+    launching: tuple[Any, NotingWriter, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tap, writer, mailbox = launching
+    other = NotingMailbox(writer.calls)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tap, "_take_back", interrupt)  # before it has done anything
+        with pytest.raises(KeyboardInterrupt):
+            tap.launch(mailbox, fails, FOUR_ROWS)
+    with pytest.raises(RuntimeError, match="in the engine"):
+        tap.launch(other, fails, FOUR_ROWS)
+    del writer.calls[:]
+    tap.launch(mailbox, lambda: None, FOUR_ROWS)
+    assert writer.names == ["pass over", "drop"]
+    tap.launch(other, lambda: None, FOUR_ROWS)
+    assert writer.names[2:] == ["post"]
 
 
 @pytest.mark.parametrize(
