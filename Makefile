@@ -52,7 +52,7 @@ wheel: build ## Build the wheel that test-gpu installs
 test-gpu: ## Run the tests that need a GPU, from dist/*.whl: needs torch with CUDA, transformers, pytest, pytest-timeout and no Rust
 	rm -rf build/gpu
 	$(PYTHON) -m pip install -q --no-deps --no-index --target build/gpu dist/*.whl
-	PYTHONPATH=build/gpu $(PYTHON) -m pytest tests/gpu
+	PYTHONPATH=$(abspath build/gpu) $(PYTHON) -m pytest tests/gpu
 
 lint: build ## What must be clean before a commit
 	cargo fmt --check
@@ -71,7 +71,7 @@ bench: build ## Measure what docs/performance.md claims, and write it there
 	python benchmarks/run.py
 
 bench-gpu: ## The same for what needs a GPU, with what test-gpu has installed
-	PYTHONPATH=build/gpu $(PYTHON) benchmarks/run.py gpu_graphs gpu_batching gpu_publish gpu_generate
+	PYTHONPATH=$(abspath build/gpu) $(PYTHON) benchmarks/run.py gpu_graphs gpu_batching gpu_publish gpu_generate
 
 clean: ## Remove what was built
 	rm -rf $(VENV) target build dist py/expert_lens/_core.abi3.so
