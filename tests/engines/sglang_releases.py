@@ -1,7 +1,7 @@
 """Releases of SGLang, installed beside this environment, to run real engines on the CPU.
 
 A release asks for its own torch and for much that only a GPU has a use for. Here torch is this environment's, and in
-place of `sgl_kernel`, which is nowhere to be had for a CPU, there is a module of functions that fail when called.
+place of `sgl_kernel`, of which the package registry has no build for a CPU, there is a module of functions that fail.
 """
 
 import os
@@ -9,9 +9,10 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
-from sglang_sources import FOLDER, download
+from sglang_sources import FOLDER
 
 HERE = Path(__file__).parent
 NEEDS = (
@@ -19,13 +20,13 @@ NEEDS = (
     "openai", "orjson", "partial-json-parser", "pybase64", "sentencepiece", "setproctitle", "torchvision",
     "transformers", "uvicorn", "uvloop", "xgrammar",
 )  # fmt: skip
-"""What an engine imports; in the version that the release asks for, if it asks for one."""
-OWN_VERSIONS = {"apache-tvm-ffi", "huggingface-hub", "openai", "tokenizers", "transformers", "xgrammar"}
-"""What releases have in versions of their own, or what these bring with them."""
+"""What an engine imports: in versions that the release asks for, else in those of constraints.txt."""
+OF_TRANSFORMERS = {"huggingface-hub", "tokenizers"}
+"""What its versions have in versions of their own."""
 
 
-def environment(version: str | None, *, ranks: int = 1) -> dict[str, str]:
-    """Variables for a process that starts this release, as so many ranks; None: the newest one."""
+def environment(version: str, *, ranks: int = 1) -> dict[str, str]:
+    """Variables for a process that starts this release, as so many ranks."""
     cores = sorted(os.sched_getaffinity(0))
     several = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))}
     return {
@@ -37,28 +38,34 @@ def environment(version: str | None, *, ranks: int = 1) -> dict[str, str]:
     }
 
 
-def _installed(version: str | None) -> Path:
-    version = version or download(None).version
-    folder = FOLDER / f"cpu-{version}-python{sys.version_info.minor}"
+@cache
+def _installed(version: str) -> Path:
+    folder = FOLDER / f"cpu-{version}-python3.{sys.version_info.minor}"
     if folder.exists():
         return folder
-    part = folder.with_suffix(".part")
+    part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     _install(part, "--no-deps", f"sglang=={version}")
-    [metadata] = part.glob("sglang-*.dist-info/METADATA")
-    pins = dict(re.findall(r"^Requires-Dist: ([\w-]+)==([\w.]+)$", metadata.read_text(), re.MULTILINE))
+    asked = _asked(part)
     constraints = (HERE.parents[1] / "constraints.txt").read_text().splitlines()
-    (FOLDER / "constraints.txt").write_text(
-        "\n".join(line for line in constraints if line.partition("==")[0] not in OWN_VERSIONS)
+    (part / "constraints.txt").write_text(
+        "\n".join(line for line in constraints if line.partition("==")[0] not in OF_TRANSFORMERS | asked.keys())
     )
-    (FOLDER / "overrides.txt").write_text('torch; sys_platform == "never"\n')
-    files = ("--constraint", str(FOLDER / "constraints.txt"), "--override", str(FOLDER / "overrides.txt"))
-    _install(part, *files, *(f"{name}=={pins[name]}" if name in pins else name for name in NEEDS))
+    (part / "overrides.txt").write_text('torch; sys_platform == "never"\n')
+    files = ("--constraint", str(part / "constraints.txt"), "--override", str(part / "overrides.txt"))
+    _install(part, *files, *(name + asked.get(name, "") for name in NEEDS))
     (part / "sgl_kernel").mkdir()
     for module in ("__init__", "kvcacheio"):
         shutil.copy(HERE / "no_sgl_kernel.py", part / "sgl_kernel" / f"{module}.py")
     part.rename(folder)
     return folder
+
+
+def _asked(folder: Path) -> dict[str, str]:
+    """The versions that the release in this folder asks for, by the names of packages."""
+    [metadata] = folder.glob("sglang-*.dist-info/METADATA")
+    found = re.findall(r"^Requires-Dist: ([\w.-]+)([<>=!~][^;\s]*)$", metadata.read_text(), re.MULTILINE)
+    return {name.lower().replace("_", "-"): versions for name, versions in found}
 
 
 def _install(folder: Path, *what: str) -> None:

@@ -54,13 +54,7 @@ def run(
                 stderr=subprocess.STDOUT,
                 timeout=ENGINE_SECONDS,
                 cwd=SCRIPT.parent,
-                # Engines of other tests may be on one of the GPUs alone.
-                env={
-                    **os.environ,
-                    **(environment or {}),
-                    "PYTHONUNBUFFERED": "1",
-                    "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
-                },
+                env={**os.environ, **ALWAYS, **(environment or {})},
             ).returncode
         file.seek(0)
         log = file.read()

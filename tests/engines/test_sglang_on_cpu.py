@@ -3,7 +3,12 @@
 All that is not a CUDA graph, with overlap scheduling on. The same and more on GPUs: `tests/gpu/test_sglang.py`.
 """
 
+import platform
 import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +16,10 @@ import pytest
 from sglang_releases import environment
 from sglang_runs import OTHER_MODELS, agrees, run
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere SGLang needs kernels of its own on a CPU"),
+    pytest.mark.timeout(600),
+]
 
 LAYERS = 4
 CPU: dict[str, Any] = {
@@ -25,7 +33,18 @@ CPU: dict[str, Any] = {
     "model_hidden_size": 128,
 }
 FEW = {**CPU, "wave": "few"}
-NEWEST = None
+NEWEST = "0.5.23"
+"""When this was written; whether what is held on to is in a newer one, too, `test_sglang_contract` sees."""
+
+
+@pytest.fixture(autouse=True)
+def captures_directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """As everywhere, but nothing of it stays: an engine that is killed leaves its arena, and much else."""
+    folder = Path(tempfile.mkdtemp())
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setenv("EXPERT_LENS_DIR", str(folder / "captures"))
+    yield folder / "captures"
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_few(found: dict[str, Any], *, layers: int = LAYERS, top_k: int = 8) -> None:
@@ -35,6 +54,12 @@ def check_few(found: dict[str, Any], *, layers: int = LAYERS, top_k: int = 8) ->
     late = found["late"]
     assert (late["requests"], late["different"], late["missing"]) == (3, 0, 0)
     assert late["ids"] > 0
+
+
+def runs_without_overlap(log: str) -> bool:
+    """As its log says at the start."""
+    [said] = set(re.findall(r"'disable_overlap_schedule': (True|False)", log))
+    return bool(said == "True")
 
 
 @pytest.mark.parametrize(("version", "model"), [("0.5.11", "OLMoE"), ("0.5.15", "Mixtral")])
@@ -50,7 +75,7 @@ def test_the_newest_release_with_many_requests() -> None:
     agrees(found, requests=159, ids=450_000 * LAYERS, layers=LAYERS)
     assert found["cached"] > 10_000
     assert found["steps"] > 400
-    assert "disable_overlap_schedule=True" not in log
+    assert not runs_without_overlap(log)
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -61,8 +86,9 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_ways_to_run(way: str) -> None:
-    found, _ = run("check", {**FEW, **WAYS[way]}, environment(NEWEST))
+    found, log = run("check", {**FEW, **WAYS[way]}, environment(NEWEST))
     check_few(found)
+    assert runs_without_overlap(log) == ("disable_overlap_schedule" in WAYS[way])
     assert (found["cached"] > 1000) == ("disable_radix_cache" not in WAYS[way])
 
 

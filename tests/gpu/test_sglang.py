@@ -24,7 +24,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "breakable graphs of prefill": {"disable_prefill_cuda_graph": None, "cuda_graph_backend_prefill": "breakable"},
     "compiled prefill": {"disable_prefill_cuda_graph": None, "cuda_graph_backend_prefill": "tc_piecewise"},
     "288 experts": {"model_num_experts": 288, "model_num_hidden_layers": 12},
-    # By us: what SGLang's own capture has follows from that.
+    # Whose layers we number, and what SGLang's own capture has follows from that.
     "OLMoE": {**OTHER_MODELS["OLMoE"], "spy": "numbered"},
     "256 experts, breakable graphs of prefill": {
         "model_num_experts": 256,

@@ -83,7 +83,7 @@ def refuse_unknown(layout: Layout, args: Any, a2a_backend: Any) -> None:
     """
     device = getattr(args, "device", None) or "cuda"
     reasons = {
-        f"--device {device}; it knows cuda and cpu": device not in ("cuda", "cpu"),
+        f"--device {device}, which is neither cuda nor cpu": device not in ("cuda", "cpu"),
         "context-parallel ranks, each of which has a part of the tokens": layout.attn_cp_size > 1,
         f"--moe-a2a-backend {a2a_backend} over {layout.attn_tp_size} attention ranks, each of which has a part of the "
         "tokens": layout.attn_tp_size > 1 and str(a2a_backend) != "none",
