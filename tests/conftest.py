@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("batches", "sglang_runs")  # whose assertions are to say what they saw
+
 
 @pytest.fixture(autouse=True)
 def captures_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

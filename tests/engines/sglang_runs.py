@@ -86,5 +86,27 @@ def agrees(
     assert found["alike_layers"] <= found["positions"] * layers * alike_layers
 
 
+def is_as_consumed(found: dict[str, Any], *, ids: int, publisher: str) -> None:
+    """What `alone` found: rows are what the experts were given, and as another engine's capture gave them."""
+    assert found["ids"] > ids
+    assert (found["not_as_consumed"], found["outputs_differ"], found["not_as_native"]) == (0, 0, 0)
+    assert found["alike_layers"] < found["ids"] / 8 * 0.01
+    assert (found["publisher"], found["dropped_tokens"]) == (publisher, 0)
+
+
+def ended_as_asked(found: dict[str, Any]) -> None:
+    """What `abort` found: two of four requests were aborted, and all have the rows of what they put out."""
+    assert found["state"] == {"r0": "finished", "r1": "aborted", "r2": "aborted", "r3": "finished"}
+    for request, outputs in found["outputs"].items():
+        assert found["rows"][request] == 50 + outputs - 1
+
+
+def nothing_is_captured(found: dict[str, Any], log: str) -> None:
+    """What `off` found: nothing of ours ran, and `attach` says what to do."""
+    assert "expert_lens.enable()" in found["message"]
+    assert found["captures"] == []
+    assert "expert_lens publishes" not in log
+
+
 def prompts_ran_in_graphs(log: str) -> bool:
     return re.search("Prefill batch.*graph: True", log) is not None

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from sglang_releases import environment
-from sglang_runs import OTHER_MODELS, agrees, run
+from sglang_runs import OTHER_MODELS, agrees, ended_as_asked, is_as_consumed, nothing_is_captured, run
 
 pytestmark = [
     pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere SGLang needs kernels of its own on a CPU"),
@@ -112,10 +112,7 @@ def test_ranks(way: str) -> None:
 def test_rows_are_what_the_experts_were_given() -> None:
     """With SGLang's capture off; and what another engine's capture gave for the same prompts, and the same outputs."""
     found, _ = run("alone", CPU, environment(NEWEST))
-    assert found["ids"] > 30_000 * LAYERS
-    assert (found["not_as_consumed"], found["outputs_differ"], found["not_as_native"]) == (0, 0, 0)
-    assert found["alike_layers"] < found["ids"] / 8 * 0.01
-    assert (found["publisher"], found["dropped_tokens"]) == ("host", 0)
+    is_as_consumed(found, ids=30_000 * LAYERS, publisher="host")
 
 
 def test_retracted_requests_begin_again() -> None:
@@ -128,13 +125,9 @@ def test_retracted_requests_begin_again() -> None:
 
 def test_aborted_requests_end() -> None:
     found, _ = run("abort", {**CPU, "max_new_tokens": 300}, environment(NEWEST))
-    assert found["state"] == {"r0": "finished", "r1": "aborted", "r2": "aborted", "r3": "finished"}
-    for request, outputs in found["outputs"].items():
-        assert found["rows"][request] == 50 + outputs - 1
+    ended_as_asked(found)
 
 
 def test_an_engine_that_was_not_enabled() -> None:
     found, log = run("off", CPU, environment(NEWEST))
-    assert "expert_lens.enable()" in found["message"]
-    assert found["captures"] == []
-    assert "expert_lens publishes" not in log
+    nothing_is_captured(found, log)

@@ -521,6 +521,10 @@ def test_a_second_interrupt_while_a_replay_is_taken_back_ends_the_capture(monkey
     assert writer.names == ["set_batch", "post", "fail", "pass over"]
 
 
+def fails() -> None:
+    raise RuntimeError("in the engine")
+
+
 @pytest.mark.filterwarnings("ignore:expert_lens stopped capturing:RuntimeWarning")
 @pytest.mark.parametrize("meanwhile", ["close", "fail"])
 def test_a_capture_that_ends_while_a_replay_is_taken_back_has_ended(
@@ -536,21 +540,14 @@ def test_a_capture_that_ends_while_a_replay_is_taken_back_has_ended(
         other.join()
         return 3
 
-    def raises() -> None:
-        raise RuntimeError("in the engine")
-
     mailbox.retract = retract
     with pytest.raises(RuntimeError, match="in the engine"):
-        tap.launch(mailbox, raises, FOUR_ROWS)
+        tap.launch(mailbox, fails, FOUR_ROWS)
     assert not tap.active
     assert (tap.error is None) == (meanwhile == "close")
     assert writer.names == ["set_batch", "post", "void", meanwhile]
     tap.launch(mailbox, lambda: None, FOUR_ROWS)
     assert writer.names[4:] == ["pass over"]
-
-
-def fails() -> None:
-    raise RuntimeError("in the engine")
 
 
 def test_rows_of_a_graphs_replays_are_lost_and_counted_while_one_is_taken_back(
