@@ -1,7 +1,8 @@
 /* A driver of a device that lacks what LACKS says, in place of libcuda.so.1: for what no device at hand can be made to do.
  *
- * LACKS: numbers of device attributes, the name of a function that fails, or "context", if that was reset before anything
- * made in it is given back. The device's memory is the process's, but for its first page; what a stream is given is done at
+ * LACKS: numbers of device attributes, the name of a function that fails (or never says that an event has come), "context", if that was reset before anything made
+ * in it is given back, or "same context", if another one was made then. Compiled with OLD, it has no function that came
+ * with a later driver. The device's memory is the process's, but for its first page; what a stream is given is done at
  * once, and an event comes at the third query. When the process ends, what is left is printed to stderr: the numbers of
  * pinned mappings, retained contexts and events.
  */
@@ -39,7 +40,7 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
 }
 int cuDevicePrimaryCtxRetain(void **context, int device) { *context = &retained; retained++; return device; }
 int cuDevicePrimaryCtxRelease_v2(int device) { retained--; return device; }
-int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = retained > 0 && !lacks("context"); return device; }
+int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = retained > 0 && (!lacks("context") || lacks("same context")); return device; }
 int cuCtxGetCurrent(void **context) { *context = NULL; return 0; }
 int cuCtxPushCurrent_v2(void *context) { return context != &retained; }
 int cuCtxPopCurrent_v2(void **context) { *context = &retained; return 0; }
@@ -60,16 +61,23 @@ int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *stream) {
     memcpy(to, (const void *)from, bytes);
     return 0;
 }
+#ifndef OLD
+int cuCtxGetId(void *context, uint64_t *id) {
+    static uint64_t made;
+    *id = lacks("same context") ? made++ : 0;
+    return context != &retained;
+}
 int cuStreamWriteValue64_v2(void *stream, uint64_t at, uint64_t value, unsigned flags) {
     if (stream || flags || lacks("122"))
         return NOT_SUPPORTED;
     __atomic_store_n((uint64_t *)at, value, __ATOMIC_RELEASE);
     return 0;
 }
+#endif
 int cuStreamCreate(void **made, unsigned flags) { *made = (void *)++streams; return flags != 1; }
 int cuEventCreate(void **made, unsigned flags) { *made = calloc(1, sizeof(int)); events++; return flags != 2; }
 int cuEventRecord(void *event, void *stream) { *(int *)event = 3; return stream != NULL; }
-int cuEventQuery(void *event) { return --*(int *)event <= 0 ? 0 : NOT_READY; }
+int cuEventQuery(void *event) { return --*(int *)event <= 0 && !lacks("cuEventQuery") ? 0 : NOT_READY; }
 int cuEventDestroy_v2(void *event) { free(event); events--; return 0; }
 int cuThreadExchangeStreamCaptureMode(unsigned *mode) { return *mode > 2; }
 

@@ -43,12 +43,15 @@ assert time.monotonic() - began < 3
 """
 
 
+def compiled(folder: Path, *options: str) -> Path:
+    always = ["-shared", "-fPIC", "-O1", "-Wall", "-Werror"]
+    subprocess.run(["cc", *always, *options, "-o", folder / "libcuda.so.1", SOURCE], check=True)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("driver")
-    options = ["-shared", "-fPIC", "-O1", "-Wall", "-Werror"]
-    subprocess.run(["cc", *options, "-o", folder / "libcuda.so.1", SOURCE], check=True)
-    return folder
+    return compiled(tmp_path_factory.mktemp("driver"))
 
 
 STREAMS = """
@@ -64,6 +67,32 @@ behind = Writer("behind", **facts)
 streams.append(behind.stream(0))
 behind.close()
 print(streams)
+"""
+
+
+NEVER = """
+import threading
+import time
+import numpy as np
+from expert_lens._core import Writer
+
+writer = Writer("never", layers=[0], num_experts=4, top_k=1)
+writer.set_batch([(1, "a", 0, 1, 1, "prefill")])
+expert = np.zeros((1, 1, 1), np.uint8)
+writer.publish_device(expert.ctypes.data, 1, np.zeros(1, np.uint32), device=0, stream=0)
+turns = 0
+
+def run():
+    global turns
+    while True:
+        time.sleep(0.01)
+        turns += 1
+
+threading.Thread(target=run, daemon=True).start()
+time.sleep(0.1)
+before = turns
+del writer
+print(turns - before)
 """
 
 
@@ -95,6 +124,10 @@ def test_an_event_publishes_where_a_stream_cannot_store(libraries: Path) -> None
     assert publish(libraries, "122") == ("event", "")
 
 
+def test_an_event_publishes_with_an_older_driver(tmp_path: Path) -> None:
+    assert publish(compiled(tmp_path, "-DOLD"), "") == ("event", "")
+
+
 @pytest.mark.parametrize(
     ("lacks", "says"),
     [
@@ -116,9 +149,14 @@ def test_a_record_that_is_refused_keeps_nobody_from_closing(libraries: Path, lac
     assert said == "cuMemcpyDtoHAsync failed: CUDA_ERROR_NOT_SUPPORTED"
 
 
-def test_of_a_context_that_was_reset_nothing_is_given_back(libraries: Path) -> None:
-    """What was pinned and made in it is gone; to name it once more would name something else."""
-    assert publish(libraries, "122 context", left="1 pinned, 0 retained, [1-3] events") == ("event", "")
+@pytest.mark.parametrize("lacks", ["context", "same context"])
+def test_of_a_context_that_was_reset_nothing_is_given_back(libraries: Path, lacks: str) -> None:
+    """What was pinned and made in it is gone; to name it once more would name something else, in the next one."""
+    assert publish(libraries, f"122 {lacks}", left="1 pinned, 0 retained, [1-3] events") == ("event", "")
+
+
+def test_a_writer_that_is_dropped_waits_for_its_device_and_keeps_no_other_thread_waiting(libraries: Path) -> None:
+    assert int(run(libraries, "122 cuEventQuery", NEVER).stdout) > 100
 
 
 def test_a_stream_and_its_context_outlive_who_asked_for_it(libraries: Path) -> None:
@@ -129,6 +167,7 @@ def test_a_stream_and_its_context_outlive_who_asked_for_it(libraries: Path) -> N
     assert re.search("left: 0 pinned, 1 retained, 0 events$", done.stderr, re.MULTILINE)
 
 
-def test_a_stream_of_a_context_that_was_reset_is_not_given_out_again(libraries: Path) -> None:
-    streams = json.loads(run(libraries, "context", STREAMS).stdout)
-    assert streams == [streams[0]] * 3 + [streams[0] + 1, streams[0] + 2]
+@pytest.mark.parametrize("lacks", ["context", "same context"])
+def test_a_stream_of_a_context_that_was_reset_is_not_given_out_again(libraries: Path, lacks: str) -> None:
+    streams = json.loads(run(libraries, lacks, STREAMS).stdout)
+    assert streams == [streams[0] + made for made in range(5)]

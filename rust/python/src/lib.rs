@@ -3,6 +3,7 @@
 
 mod collector;
 mod convert;
+mod detached;
 mod errors;
 mod mailbox;
 mod row_stream;

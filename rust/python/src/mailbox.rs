@@ -1,6 +1,7 @@
 //! `_core.Mailbox`: where the kernels of a CUDA graph look at each replay.
 
 use crate::convert::contiguous;
+use crate::detached::Detached;
 use crate::errors::to_python;
 use expert_lens_arena::GraphRows;
 use numpy::PyReadonlyArray1;
@@ -9,7 +10,7 @@ use pyo3::prelude::*;
 /// The mailbox of one CUDA graph.
 #[pyclass(module = "expert_lens._core")]
 pub struct Mailbox {
-    pub inner: expert_lens_arena::Mailbox,
+    pub inner: Detached<expert_lens_arena::Mailbox>,
     /// What its replays write, until other rows are stated.
     pub rows: Option<ReplayRows>,
 }

@@ -1,6 +1,7 @@
 //! `_core.Writer`: the publishing end.
 
 use crate::convert::{self, contiguous};
+use crate::detached::Detached;
 use crate::errors::{OptionError, to_python};
 use crate::mailbox::{Mailbox, ReplayRows};
 use crate::{directory_or_default, phase_of, seconds};
@@ -9,12 +10,13 @@ use half::f16;
 use numpy::{Element, PyReadonlyArray1, PyReadonlyArray3, PyReadonlyArrayDyn};
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedStr;
 use std::path::PathBuf;
 
 /// The publishing end of one arena.
 #[pyclass(module = "expert_lens._core")]
 pub struct Writer {
-    publisher: Option<Publisher>,
+    publisher: Option<Detached<Publisher>>,
     path: PathBuf,
     waits: bool,
     /// What `steps`, `dropped_tokens` and `publisher` say once it is closed.
@@ -33,11 +35,11 @@ enum Column<'py> {
     Device(u64),
 }
 
-type PySpan = (u64, String, u32, u32, u32, String);
+type PySpan = (u64, PyBackedStr, u32, u32, u32, PyBackedStr);
 
 impl Writer {
     fn open(&mut self) -> PyResult<&mut Publisher> {
-        self.publisher.as_mut().ok_or_else(closed)
+        self.publisher.as_deref_mut().ok_or_else(closed)
     }
 
     /// Post the rows that are stated for the next replay of the mailbox's graph.
@@ -57,6 +59,7 @@ impl Writer {
 
 fn spans_of(spans: Vec<PySpan>) -> PyResult<Vec<Span>> {
     let span = |(number, request, first_row, rows, prompt_tokens, phase): PySpan| {
+        let request = request.to_string();
         Ok(Span { number, request, first_row, rows, prompt_tokens, phase: phase_of(&phase)? })
     };
     spans.into_iter().map(span).collect()
@@ -126,7 +129,7 @@ impl Writer {
             .map_err(to_python)?;
         let path = publisher.path().to_owned();
         Ok(Self {
-            publisher: Some(publisher),
+            publisher: Some(Detached::new(publisher)),
             path,
             waits: on_full != OnFull::Drop,
             last: (0, 0, None),
@@ -192,7 +195,7 @@ impl Writer {
         token_ids: Option<PyReadonlyArrayDyn<'_, i64>>,
     ) -> PyResult<bool> {
         let Self { publisher, positions, narrow, token_ids: tokens, waits, .. } = self;
-        let publisher = publisher.as_mut().ok_or_else(closed)?;
+        let publisher = publisher.as_deref_mut().ok_or_else(closed)?;
         let facts = publisher.facts();
         let wide = contiguous("experts", &experts)?;
         let row = facts.layers.len() * facts.top_k as usize;
@@ -314,7 +317,7 @@ impl Writer {
     #[pyo3(signature = (device, table, *, entries=512))]
     fn mailbox(&mut self, device: i32, table: Vec<u64>, entries: usize) -> PyResult<Option<Mailbox>> {
         let inner = self.open()?.mailbox(device, &table, entries).map_err(to_python)?;
-        Ok(inner.map(|inner| Mailbox { inner, rows: None }))
+        Ok(inner.map(|inner| Mailbox { inner: Detached::new(inner), rows: None }))
     }
 
     fn publish_graph(&mut self, py: Python<'_>, mailbox: &mut Mailbox) -> PyResult<bool> {
@@ -351,8 +354,7 @@ impl Writer {
         if let Some(publisher) = this.publisher.take() {
             this.last = (publisher.steps(), publisher.dropped_rows(), publisher.way());
             drop(this);
-            // It waits for a device: others may need the GIL to give that its work.
-            slf.py().detach(|| drop(publisher));
+            drop(publisher);
         }
     }
 

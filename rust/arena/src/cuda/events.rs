@@ -1,10 +1,10 @@
 //! Events on streams, and a thread of ours that publishes once one has come: for devices that cannot store by themselves,
 //! and for records whose forward failed.
 
-use super::driver::{Driver, Handle, RELAXED, Status};
+use super::driver::{Context, Driver, Handle, RELAXED, Status};
 use crate::error::{Error, Result};
 use crate::memory::{Mapped, Memory};
-use std::ffi::{c_int, c_uint};
+use std::ffi::c_uint;
 use std::sync::atomic::Ordering::Release;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,19 +20,18 @@ pub(super) const EVENT_PERIOD: Duration = Duration::from_micros(20);
 /// An event of a device's primary context.
 pub(super) struct Event {
     driver: &'static Driver,
-    /// Its CUdevice.
-    device: c_int,
+    context: Context,
     /// Its CUevent, as a number: it belongs to no thread.
     handle: usize,
 }
 
 impl Event {
-    /// Of the device whose context is current.
-    pub fn create(driver: &'static Driver, device: c_int) -> Result<Self> {
+    /// Of that context, which is current.
+    pub fn create(driver: &'static Driver, context: Context) -> Result<Self> {
         let mut handle: Handle = std::ptr::null_mut();
         // SAFETY: a place for one handle.
         driver.check("cuEventCreate", unsafe { (driver.event_create)(&mut handle, EVENT_FLAGS) })?;
-        Ok(Self { driver, device, handle: handle as usize })
+        Ok(Self { driver, context, handle: handle as usize })
     }
 
     /// Let it come when `stream` has done what it was given so far.
@@ -55,8 +54,8 @@ impl Event {
 impl Drop for Event {
     fn drop(&mut self) {
         // If the context was reset before us, what was made in it is gone.
-        if self.driver.is_active(self.device) {
-            // SAFETY: made in `create`, and nobody else holds it. To destroy one that has not come yet is allowed.
+        if self.driver.lives(self.context) {
+            // SAFETY: made in `create`, in a context that lives, and nobody else holds it. To destroy one that has not come yet is allowed.
             unsafe { (self.driver.event_destroy)(self.handle as Handle) };
         }
     }
@@ -83,8 +82,8 @@ impl Awaited {
     }
 }
 
-/// The thread that publishes records whose event has come, in their order. How many there are is bounded by the arena's
-/// descriptors: a record that has not landed keeps its own.
+/// The thread that publishes records whose event has come, in their order. A record that has not landed keeps its
+/// descriptor, which bounds how many there are, but for void ones that a graph has published all the same.
 pub(super) struct Watcher {
     driver: &'static Driver,
     awaited: Option<Sender<Awaited>>,
@@ -120,20 +119,20 @@ impl Watcher {
         Ok(Self { driver, awaited: Some(awaited), spent: Mutex::new(spent), thread: Some(thread) })
     }
 
-    /// Store `value` at word `at` once `stream`, of the device whose context is current, has come so far; with `instead_of`,
-    /// only if that stands there still.
+    /// Store `value` at word `at` once `stream`, of that context, which is current, has come so far; with `instead_of`, only
+    /// if that stands there still.
     pub fn watch(
         &mut self,
         stream: Handle,
-        device: c_int,
+        context: Context,
         at: usize,
         value: u64,
         instead_of: Option<u64>,
     ) -> Result<()> {
         let spent = self.spent.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let event = match spent.try_iter().find(|event| event.device == device) {
+        let event = match spent.try_iter().find(|event| event.context == context) {
             Some(event) => event,
-            None => Event::create(self.driver, device)?,
+            None => Event::create(self.driver, context)?,
         };
         event.record(stream)?;
         let record = Awaited { event, at, value, instead_of };

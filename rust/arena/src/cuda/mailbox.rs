@@ -5,13 +5,12 @@
 //! that a fork does not make the device and this process part ways over its pages.
 
 use super::REGISTER_FLAGS;
-use super::driver::{Driver, Handle};
+use super::driver::{Context, Driver, Handle};
 use crate::error::{Error, Result};
 use crate::memory::{Mapped, Memory};
 use crate::posts::{ENTRY_WORDS, Post, Posts, words};
 use crate::rows::Landing;
 use rustix::fs::{self as sys, MemfdFlags};
-use std::ffi::c_int;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -26,9 +25,7 @@ const STATE_WORDS: usize = 16;
 pub struct Mailbox {
     driver: &'static Driver,
     ordinal: i32,
-    /// Its CUdevice and its primary context.
-    device: c_int,
-    context: usize,
+    context: Context,
     /// How many posts may wait.
     entries: usize,
     /// Pinned memory for as many entries, and where the device finds it.
@@ -43,13 +40,11 @@ pub struct Mailbox {
 }
 
 impl Mailbox {
-    /// Allocate a mailbox of so many entries on a device, with `table` behind its state. `context` is the device's primary
-    /// context, which is retained once more.
+    /// Allocate a mailbox of so many entries on a device, with `table` behind its state. `context` is retained once more.
     pub(super) fn new(
         driver: &'static Driver,
         ordinal: i32,
-        device: c_int,
-        context: usize,
+        context: Context,
         table: &[u64],
         entries: usize,
     ) -> Result<Self> {
@@ -57,15 +52,12 @@ impl Mailbox {
             return Err(Error::invalid(format!("a mailbox of {entries} entries; it has 1 to {MAX_ENTRIES}")));
         }
         let host = Arc::new(private_memory(words(entries))?);
-        let mut retained: Handle = std::ptr::null_mut();
         let _relaxed = driver.relax()?;
-        // SAFETY: a place for one handle; given back in `drop`.
-        driver.check("cuDevicePrimaryCtxRetain", unsafe { (driver.retain_context)(&mut retained, device) })?;
+        driver.retain(context.device)?; // given back in `drop`
         let pid = std::process::id();
         let posts = Posts::new(Arc::clone(&host), entries);
         let (host_on_device, state, stream) = (0, 0, 0);
-        let mut new =
-            Self { driver, ordinal, device, context, entries, host, host_on_device, state, stream, posts, pid };
+        let mut new = Self { driver, ordinal, context, entries, host, host_on_device, state, stream, posts, pid };
         driver.within(context, || new.allocate(table))?;
         Ok(new)
     }
@@ -177,7 +169,7 @@ impl Drop for Mailbox {
             return; // a fork's copy
         }
         let freed = || {
-            // SAFETY: made in `allocate`, or not made, which the driver says. Nobody launches the graph any more, and to free
+            // SAFETY: made in `allocate`, in a context that lives, or not made, which the driver says. Nobody launches the graph any more, and to free
             // device memory waits for the replays on their way ("causes the GPU to synchronize across all executing CUDA
             // streams", CUDA C++ Programming Guide, "Stream Ordered Memory Allocator"), so it comes first.
             unsafe {
@@ -188,12 +180,11 @@ impl Drop for Mailbox {
             Ok(())
         };
         let _relaxed = driver.relax();
-        if driver.is_active(self.device) {
+        if driver.lives(self.context) {
             // Else the context was reset, and with it went what was made in it.
             let _ = driver.within(self.context, freed);
         }
-        // SAFETY: retained in `new`; a reset does not release it.
-        unsafe { (driver.release_context)(self.device) };
+        driver.release(self.context);
     }
 }
 

@@ -14,8 +14,8 @@
 //!   and a thread of ours that queries it and stores the number with release. A completed event makes what the stream did
 //!   before it visible to the host ("Event Management", `cuEventQuery`).
 //!
-//! What the CPU writes into a record it writes before the copies are enqueued; the store that hands the device its work
-//! comes after, and x86-64 and the driver's barriers keep that order.
+//! What the CPU writes into a record it writes before what stores the number is enqueued, or posted; the store that hands the
+//! device that work comes after, and x86-64 and the driver's barriers keep that order.
 
 mod driver;
 mod events;
@@ -24,7 +24,7 @@ mod mailbox;
 use crate::error::{Error, Result};
 use crate::memory::{Mapped, Memory};
 use crate::rows::Landing;
-use driver::{Driver, Entered, Handle};
+use driver::{Context, Driver, Entered, Handle};
 use events::{EVENT_PERIOD, Event, Watcher};
 pub(crate) use mailbox::ByPost;
 pub use mailbox::Mailbox;
@@ -85,18 +85,15 @@ pub fn exchange_capture_mode(mode: u32) -> Result<u32> {
 /// A device that publishes, with its context retained.
 struct Device {
     ordinal: c_int,
-    /// Its CUdevice.
-    device: c_int,
-    /// Its CUcontext.
-    context: usize,
+    context: Context,
     /// Where the device finds the arena.
     base: u64,
     /// [`Way::Stream`] or [`Way::Event`]: what publishes copies.
     by_event: bool,
 }
 
-/// Our streams, by device: see [`Pinned::stream`].
-static STREAMS: Mutex<Vec<(c_int, usize)>> = Mutex::new(Vec::new());
+/// Our streams, by the context that they are of: see [`Pinned::stream`].
+static STREAMS: Mutex<Vec<(Context, usize)>> = Mutex::new(Vec::new());
 
 /// An arena's mapping, pinned, and the devices that publish into it.
 pub(crate) struct Pinned {
@@ -162,19 +159,15 @@ impl Pinned {
     /// memory back.
     pub fn stream(&mut self, ordinal: i32) -> Result<u64> {
         let at = self.device(ordinal)?;
-        let Device { device, context, .. } = self.devices[at];
+        let context = self.devices[at].context;
         let mut streams = STREAMS.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(&(_, stream)) = streams.iter().find(|(of, _)| *of == device) {
+        streams.retain(|&(of, _)| self.driver.lives(of));
+        if let Some(&(_, stream)) = streams.iter().find(|&&(of, _)| of == context) {
             return Ok(stream as u64);
         }
-        let stream = self.driver.within(context, || {
-            let mut retained: Handle = std::ptr::null_mut();
-            // SAFETY: a place for one handle. Given back by nobody: the stream lasts.
-            let status = unsafe { (self.driver.retain_context)(&mut retained, device) };
-            self.driver.check("cuDevicePrimaryCtxRetain", status)?;
-            self.driver.create_stream()
-        })?;
-        streams.push((device, stream as usize));
+        let stream = self.driver.within(context, || self.driver.create_stream())?;
+        self.driver.retain(context.device)?; // given back by nobody: the stream lasts
+        streams.push((context, stream as usize));
         Ok(stream as u64)
     }
 
@@ -195,8 +188,7 @@ impl Pinned {
         if self.asked != Asked::Best {
             return Ok(None);
         }
-        let Device { device, context, .. } = self.devices[at];
-        Mailbox::new(self.driver, ordinal, device, context, table, entries).map(Some)
+        Mailbox::new(self.driver, ordinal, self.devices[at].context, table, entries).map(Some)
     }
 
     /// What publishes a step of `rows` rows by the next replay of the mailbox's graph; None if too many replays are on
@@ -212,10 +204,10 @@ impl Pinned {
     /// have published the record itself.
     pub fn publish_behind(&mut self, ordinal: i32, stream: u64, at: usize, value: u64, instead_of: u64) -> Result<()> {
         let of = self.device(ordinal)?;
-        let Device { device, context, .. } = self.devices[of];
+        let context = self.devices[of].context;
         let _entered = self.driver.enter(context)?;
         let said =
-            self.watcher().and_then(|watcher| watcher.watch(stream as Handle, device, at, value, Some(instead_of)));
+            self.watcher().and_then(|watcher| watcher.watch(stream as Handle, context, at, value, Some(instead_of)));
         if said.is_err() {
             // The graph may publish it or not, so that it cannot be told which record is still on its way.
             self.refused.push(None);
@@ -223,10 +215,10 @@ impl Pinned {
         said
     }
 
-    /// What the driver said of a record on that stream, which lands no more if it refused; the device's context is current.
-    fn noted(&mut self, said: Result<()>, device: c_int, stream: Handle) -> Result<()> {
+    /// What the driver said of a record on that stream, which lands no more if it refused; the context is current.
+    fn noted(&mut self, said: Result<()>, context: Context, stream: Handle) -> Result<()> {
         if said.is_err() {
-            let event = Event::create(self.driver, device).and_then(|event| event.record(stream).map(|()| event));
+            let event = Event::create(self.driver, context).and_then(|event| event.record(stream).map(|()| event));
             self.refused.push(event.ok());
         }
         said
@@ -248,26 +240,21 @@ impl Pinned {
 
     fn add(&mut self, ordinal: c_int) -> Result<usize> {
         let driver = self.driver;
-        let (mut device, mut context): (c_int, Handle) = (0, std::ptr::null_mut());
+        let mut device: c_int = 0;
         // SAFETY: a place for one value.
         driver.check("cuDeviceGet", unsafe { (driver.device_get)(&mut device, ordinal) })?;
         if !driver.can(device, CAN_REGISTER) {
             return Err(Error::Cuda { what: format!("device {ordinal} cannot register memory of the host") });
         }
-        let by_event = self.asked == Asked::Event || !driver.can(device, CAN_WRITE_64);
+        let can_write = driver.write_value.is_some() && driver.can(device, CAN_WRITE_64);
+        let by_event = self.asked == Asked::Event || !can_write;
         if by_event {
             self.watcher()?;
         }
         let _relaxed = driver.relax()?;
-        // SAFETY: a place for one value; `device` is what the call above gave. Retaining the primary context, which torch
-        // uses too, keeps it alive until `Pinned` is dropped.
-        driver.check("cuDevicePrimaryCtxRetain", unsafe { (driver.retain_context)(&mut context, device) })?;
-        let context = context as usize;
-        let base = driver.within(context, || self.pin()).inspect_err(|_| {
-            // SAFETY: gives back what was retained above.
-            unsafe { (driver.release_context)(device) };
-        })?;
-        self.devices.push(Device { ordinal, device, context, base, by_event });
+        let context = driver.retain(device)?; // given back in `drop`
+        let base = driver.within(context, || self.pin()).inspect_err(|_| driver.release(context))?;
+        self.devices.push(Device { ordinal, context, base, by_event });
         Ok(self.devices.len() - 1)
     }
 
@@ -328,7 +315,7 @@ impl Drop for Pinned {
         let (driver, address) = (self.driver, self.memory.address());
         let _relaxed = driver.relax();
         // If a context was reset before us, what was made in it is gone.
-        if let Some(device) = self.devices.iter().find(|device| driver.is_active(device.device)) {
+        if let Some(device) = self.devices.iter().find(|device| driver.lives(device.context)) {
             let unpin = || {
                 // SAFETY: registered in `pin`, portable, so that any context will do; `settle` has seen every copy land, or
                 // the streams be done, so no device writes there any more.
@@ -336,12 +323,8 @@ impl Drop for Pinned {
             };
             let _ = driver.within(device.context, unpin);
         }
-        let mut streams = STREAMS.lock().unwrap_or_else(PoisonError::into_inner);
-        streams.retain(|&(device, _)| self.devices.iter().all(|one| one.device != device || driver.is_active(device)));
         for device in &self.devices {
-            // SAFETY: retained in `add`, once for each entry. A reset does not release it (CUDA driver API, "Primary Context
-            // Management", `cuDevicePrimaryCtxReset`).
-            unsafe { (driver.release_context)(device.device) };
+            driver.release(device.context);
         }
     }
 }
@@ -358,7 +341,7 @@ pub(crate) struct OnStream<'a> {
 impl OnStream<'_> {
     /// As [`Pinned::noted`].
     fn noted(&mut self, said: Result<()>) -> Result<()> {
-        self.pinned.noted(said, self.pinned.devices[self.at].device, self.stream as Handle)
+        self.pinned.noted(said, self.pinned.devices[self.at].context, self.stream as Handle)
     }
 }
 
@@ -380,12 +363,12 @@ impl Landing for OnStream<'_> {
         let Pinned { driver, memory, devices, watcher, .. } = &mut *self.pinned;
         let device = &devices[self.at];
         assert!(at < memory.len(), "the writer publishes in its arena");
-        let said = match watcher {
-            Some(watcher) if device.by_event => watcher.watch(stream, device.device, at, value, None),
+        let said = match (driver.write_value, watcher) {
             // SAFETY: the word lies in the pinned mapping, where the device knows it as `base + at * 8`. Flags must be 0.
-            _ => driver.check("cuStreamWriteValue64", unsafe {
-                (driver.write_value)(stream, device.base + at as u64 * 8, value, 0)
-            }),
+            (Some(write_value), _) if !device.by_event => driver
+                .check("cuStreamWriteValue64", unsafe { write_value(stream, device.base + at as u64 * 8, value, 0) }),
+            (_, Some(watcher)) => watcher.watch(stream, device.context, at, value, None),
+            (_, None) => unreachable!("a device that publishes by event has started the watcher"),
         };
         self.noted(said)
     }
