@@ -77,6 +77,8 @@ class GraphStep(ABC):
     def replay(self, launch: Callable[[], Any], rows: ReplayRows | None) -> None:
         """Launch one replay, by `launch()` on the current stream, and publish its rows; None: it has none.
 
+        `launch` leaves the stream as the current one, also where it raises.
+
         Every replay must come by here while the capture is on, in the order of the launches: one that does not may be
         taken for another, until the capture notices, at the first replay before which all others have begun, and
         switches itself off. What `launch` raises is passed on; if the replay ran all the same its rows may be there,
@@ -279,8 +281,13 @@ class _OnStream(GraphStep):
         self._experts, self._weights = tap.join(step, num_rows)
 
     def replay(self, launch: Callable[[], Any], rows: ReplayRows | None) -> None:
-        launch()
         tap = self._active_tap(rows)
+        try:
+            launch()
+        except BaseException:
+            if tap is not None and rows is not None:
+                tap.lose(rows.num_rows)
+            raise
         if tap is None or rows is None:
             return
         columns = self._columns

@@ -123,7 +123,7 @@ class TransformersTap:
 
     @property
     def lost_tokens(self) -> int:
-        """Rows lost because too many threads published at the same time."""
+        """Rows lost while another thread published that the writer has not been told of yet."""
         return self._tap.lost_tokens
 
     def request(self, name: str) -> AbstractContextManager[None]:

@@ -270,7 +270,9 @@ class GenerateCall:
         if getattr(prompt, "ndim", 0) != 2 or batch % prompt.shape[0]:
             return None
         if mask is not None and tuple(mask.shape) == tuple(prompt.shape):
-            return np.repeat((mask.detach().cpu().numpy() != 0).sum(1), batch // prompt.shape[0])
+            with relaxed_capture():
+                there = mask.detach().cpu().numpy()
+            return np.repeat((there != 0).sum(1), batch // prompt.shape[0])
         return np.full(batch, prompt.shape[1]) if mask is None and self.mask is None else None
 
     def _real(self, past: int, width: int) -> npt.NDArray[np.bool_] | None:
