@@ -69,21 +69,24 @@ def enabled_directory() -> str | None:
 
 
 def remember_name(name: str) -> None:
-    """Let the processes that this one starts use this name, unless the user has chosen one."""
+    """Let the processes that this one starts use this name, unless the user has chosen one.
+
+    It takes the place of one that this process has inherited so, from a server that it runs beside.
+    """
     value = os.environ.get(ENVIRONMENT, "1").strip()
     options = {} if value == "1" else json.loads(value)
-    options.setdefault("name", name)
+    options["default_name"] = name
     os.environ[ENVIRONMENT] = json.dumps(options)
 
 
 def _check(options: dict[str, Any]) -> dict[str, Any]:
     known = {"name", "arena", "on_full", "wait_timeout", "directory"}
-    if unknown := options.keys() - known:
+    if unknown := options.keys() - known - {"default_name"}:
         raise OptionError(f"there is no option {', '.join(sorted(unknown))}; enable knows {', '.join(sorted(known))}.")
     on_full = options.get("on_full", "drop")
     if on_full not in ("drop", "wait"):
         raise OptionError(f"on_full is {on_full!r}; give 'drop' or 'wait'.")
-    name, directory = options.get("name"), options.get("directory")
+    name, directory = options.get("name", options.get("default_name")), options.get("directory")
     return {
         "name": None if name is None else check_capture_name(name),
         "arena_bytes": parse_bytes("arena", options.get("arena", "256MiB")),

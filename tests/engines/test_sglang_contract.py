@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from expert_lens.engines.sglang import contract, layout, model
+from expert_lens.engines.sglang import contract, layout, model, requests
 from sglang_sources import Sources, download
 
 OLDEST, BETWEEN = "0.5.11", "0.5.15"
@@ -110,6 +110,15 @@ def test_a_decode_graph_has_its_inputs_and_can_be_found(sources: Sources) -> Non
     )
     assert {"input_ids", "positions", "out_cache_loc"} <= sources.fields(buffers)
     assert {"buffers", "capture_forward_mode"} <= sources.fields(runner)
+    module, _, name = runner.partition(":")
+    told = sources.text(module) + sources.text("sglang.srt.model_executor.runner.base_runner")
+    assert "self.model_runner = " in told
+    width = {"num_tokens_per_bs", "captured_req_width"}  # else a request is thought to have one row
+    assert width & (sources.fields(runner) | {each for each in width if f"self.{each}" in sources.text(module)})
+    method = "capture_one_shape" if name == "DecodeCudaGraphRunner" else "capture_one_batch_size"
+    calls = sources.calls(module, method)  # around it we take its size and the forward by their places
+    assert calls
+    assert not any({"size", "bs", "forward"} & keywords for keywords in calls)
     if "DecodeCudaGraphRunner" in runner:
         backend = "sglang.srt.model_executor.runner_backend.full_cuda_graph_backend:FullCudaGraphBackend"
         assert {"_graphs", "capture_one", "replay"} <= sources.fields(backend)
@@ -161,6 +170,25 @@ def test_the_runner_says_what_the_model_is(sources: Sources) -> None:
         for name in ("get_attention_tp_size", "get_attention_tp_rank", "get_attention_dp_rank"):
             assert sources.find(f"sglang.srt.layers.dp_attention:{name}") is not None
     assert sources.find("sglang.srt.layers.moe.utils:MoeA2ABackend") is not None
+
+
+def test_a_layer_says_how_many_experts_it_chooses(sources: Sources) -> None:
+    fields = sources.fields("sglang.srt.layers.moe.topk:TopKConfig")
+    assert "top_k" in fields
+    assert fields & {"num_shared_topk_slots", "num_fused_shared_experts"}
+    assert "topk_config" in sources.fields("sglang.srt.layers.moe.topk:TopK")
+
+
+def test_what_else_is_asked_by_its_name(sources: Sources) -> None:
+    assert "get_moe_a2a_backend" in sources.text("sglang.srt.layers.moe")
+    assert {"BEFORE", "AFTER", "AROUND"} <= sources.fields("sglang.srt.plugins.hook_registry:HookType")
+    assert "req_to_token" in sources.fields("sglang.srt.mem_cache.memory_pool:ReqToTokenPool")
+    assert sources.tree("sglang.srt.managers.scheduler") is not None  # by which a scheduler's process is known
+    health_check = re.search(r'HEALTH_CHECK_RID_PREFIX = "(\w+)"', sources.text("sglang.srt.constants"))
+    assert health_check is not None
+    assert health_check[1].startswith(requests.HEALTH_CHECK)
+    if "kv_index_translator" in sources.text("sglang.srt.model_executor.model_runner"):
+        assert "is_translating" in sources.text("sglang.srt.layers.attention.trtllm_mha_backend")
 
 
 def test_an_engine_tells_its_processes(sources: Sources) -> None:

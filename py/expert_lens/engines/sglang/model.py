@@ -22,8 +22,9 @@ CACHES_ELSEWHERE = (
 """Options of SGLang by which KV comes, or may come, from where no forward here has written it."""
 
 
-def _routed_layers(model: Any) -> list[int]:
-    """The indices of the model's layers that choose experts by a `TopK`, ascending; empty for a dense model.
+def _routed_layers(model: Any) -> dict[int, int]:
+    """The indices of the model's layers that choose experts by a `TopK`, ascending, and how many each chooses a token;
+    empty for a dense model.
 
     Many models of older releases do not tell a `TopK` which layer it is of. It is told so here, by its name in the
     model, as newer releases do: what it tells a capturer follows from that, and of what it computes the experts that
@@ -34,7 +35,7 @@ def _routed_layers(model: Any) -> list[int]:
     from sglang.srt.layers.moe.topk import TopK
 
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, TopK)]
-    told = {module.layer_id for _, module in found if module.layer_id is not None}
+    told = {module.layer_id: _routed_k(module) for _, module in found if module.layer_id is not None}
     for name, module in found:
         if module.layer_id is None:
             place = re.search(r"\b(?:layers|blocks)\.(\d+)\.", name)
@@ -44,30 +45,41 @@ def _routed_layers(model: Any) -> list[int]:
                     "releases of SGLang it does."
                 )
             module.layer_id = int(place[1])
-            told.add(module.layer_id)
-    return sorted(told)
+            told[module.layer_id] = _routed_k(module)
+    return dict(sorted(told.items()))
+
+
+def _routed_k(topk: Any) -> int:
+    """Experts that it chooses for a token, without the shared ones that some models add to them."""
+    config = topk.topk_config
+    shared = getattr(config, "num_shared_topk_slots", None)  # in newer releases
+    return int(config.top_k - (config.num_fused_shared_experts if shared is None else shared))
 
 
 def facts(runner: Any) -> dict[str, Any]:
     """The facts of `_core.Writer` about this runner's model; no KV slots where they tell nothing of a prefix.
 
-    Raises UnsupportedModelError if the configuration does not say how many experts there are, or nothing which layer
-    one is.
+    Raises UnsupportedModelError if the configuration does not say how many experts there are, nothing which layer one
+    is, or layers choose unlike numbers of experts.
     """
     import sglang
 
     config = runner.model_config.hf_text_config
     num_experts = next((getattr(config, name) for name in EXPERT_COUNTS if getattr(config, name, None)), None)
-    top_k = getattr(config, "num_experts_per_tok", None)
-    if num_experts is None or top_k is None:
+    if num_experts is None:
         raise UnsupportedModelError(
-            f"the configuration of {runner.model_config.model_path} says neither of {', '.join(EXPERT_COUNTS)} and "
-            "num_experts_per_tok, so the number of experts and of those chosen is unknown."
+            f"the configuration of {runner.model_config.model_path} says none of {', '.join(EXPERT_COUNTS)}, so the "
+            "number of experts is unknown."
+        )
+    layers = _routed_layers(runner.model)
+    if len(set(layers.values())) > 1:
+        raise UnsupportedModelError(
+            f"the layers of {runner.model_config.model_path} choose unlike numbers of experts a token: {layers}."
         )
     return {
-        "layers": _routed_layers(runner.model),
+        "layers": list(layers),
         "num_experts": int(num_experts),
-        "top_k": int(top_k),
+        "top_k": max(layers.values(), default=0),
         "kv_slots": _num_slots(runner) if _slots_are_lasting(runner) else 0,
         "engine": "sglang",
         "engine_version": sglang.__version__,
