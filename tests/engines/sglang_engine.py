@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -138,6 +139,8 @@ class Waves:
         self.shape = shape
         self.rng = np.random.default_rng(7)
         self.native: dict[str, Any] = {}
+        self.chosen = np.zeros((shape.layers, 65536), np.int64)
+        """How often each layer chose each expert in rows that were computed: those that are not from the cache."""
         self.cached = 0
         self.accepted = 0
         self.rejected = 0
@@ -153,7 +156,11 @@ class Waves:
             rows = self.shape.rows(meta["routed_experts"])
             assert len(rows) == len(prompt) + len(result["output_ids"]) - 1
             self.native[meta["id"]] = rows
-            self.cached += meta.get("cached_tokens", 0)
+            cached = meta.get("cached_tokens", 0)
+            self.cached += cached
+            for layer in range(self.shape.layers):
+                ids = rows[cached:, layer].ravel()
+                self.chosen[layer] += np.bincount(ids, minlength=65536) if ids.any() else 0
             accepted = meta.get("spec_num_correct_drafts", 0)
             self.accepted += accepted
             self.rejected += meta.get("spec_num_proposed_drafts", 0) - accepted
@@ -237,6 +244,34 @@ def altered(lens: Any, native: dict[str, Any]) -> int:
     return compare(lens, {request: rows})["different"]
 
 
+def totals(lens: Any, waves: Waves) -> dict[str, int]:
+    """What the lens counted beside what was computed: `uncounted` and `overcounted` choices of experts, in the layers
+    whose ids SGLang gives; `extra` rows, of which a step that overlaps the end of a request gives one each.
+    """
+    counts = lens.counts().astype(np.int64)
+    chosen = waves.chosen[:, : counts.shape[1]]
+    more = (counts - chosen)[chosen.any(axis=1)]
+    computed = sum(map(len, waves.native.values())) - waves.cached
+    return {
+        "uncounted": int(-more[more < 0].sum()),
+        "overcounted": int(more[more > 0].sum()) // len(more) // waves.shape.top_k,
+        "extra": lens.stats["tokens"] - computed,
+    }
+
+
+def kinds_of_forwards(lens: Any, requests: Iterable[str]) -> dict[str, Any]:
+    """`mixed`: forwards with rows of prompts and of requests that decode. `padded`: decode steps of 5 to 7 rows, for
+    which no graph was captured but one of 8.
+    """
+    phases: dict[int, list[int]] = {}
+    for request in requests:
+        rows = lens._collector.rows(request)
+        for step, phase in zip(rows["steps"].tolist(), rows["phases"].tolist(), strict=True):
+            phases.setdefault(step, []).append(phase)
+    mixed = sum({0, 1} <= set(found) for found in phases.values())
+    return {"mixed": mixed, "padded": sum(set(found) == {1} and 5 <= len(found) <= 7 for found in phases.values())}
+
+
 def told(lens: Any) -> dict[str, Any]:
     stats = lens._collector.stats()
     chosen = {key: stats[key] for key in ("steps", "tokens", "dropped_tokens", "publisher")}
@@ -258,6 +293,8 @@ def check(options: dict[str, Any]) -> dict[str, Any]:
         **{what: getattr(waves, what) for what in ("cached", "accepted", "rejected")},
         "arenas": len(lens._collector.arenas()),
         **told(lens),
+        **totals(lens, waves),
+        **kinds_of_forwards(lens, waves.native),
     }
     found["control"] = altered(lens, waves.native)
     found["states"] = sorted(set(lens._collector.requests()["state"]))
@@ -423,6 +460,7 @@ def abort(options: dict[str, Any]) -> dict[str, Any]:
     """Requests that are aborted while they decode, beside others."""
     chosen = {"max_new_tokens": options.pop("max_new_tokens", 3000), "ignore_eos": True, "temperature": 0.8}
     expert_lens.enable(name="aborted-ones")
+    os.environ["SGLANG_SPY"] = "loaded"
     engine, shape = start(options)
     lens = expert_lens.attach(engine)
     waves = Waves(engine, shape)
@@ -505,7 +543,9 @@ def server(options: dict[str, Any]) -> dict[str, Any]:
 def off(options: dict[str, Any]) -> dict[str, Any]:
     """Not enabled: nothing of ours is loaded that publishes, and `attach` says what to do."""
     os.environ.pop("EXPERT_LENS_ENABLE", None)
-    engine, _ = start(options)
+    os.environ["SGLANG_SPY"] = "loaded"
+    engine, shape = start({**options, "enable_return_routed_experts": False})
+    engine.generate(input_ids=Waves(engine, shape).new(20), sampling_params={"max_new_tokens": 4})
     try:
         expert_lens.attach(engine)
         message = ""

@@ -72,16 +72,21 @@ def agrees(
     layers: int = 48,
     alike: float = 0.01,
     alike_layers: float = 0.01,
+    overlap: bool | None = True,
 ) -> None:
     """Each id of every layer of so many requests was compared, at least `ids`, and is SGLang's own; none was dropped.
 
     `alike`, `alike_layers`: how many of the rows may be as the one before, and of a row's layers, which would agree in
-    the wrong places too.
+    the wrong places too. `overlap`: whether a step may have run past each request's end; beside those rows nothing was
+    counted but what was computed. None: it may have been computed several times.
     """
     assert (found["requests"], found["different"], found["missing"], found["wrong_length"]) == (requests, 0, 0, 0)
     assert found["layers"] == layers
     assert found["ids"] >= ids
     assert found["dropped_tokens"] == 0
+    if overlap is not None:
+        assert (found["uncounted"], found["overcounted"]) == (0, found["extra"])
+        assert 0 <= found["extra"] <= (requests if overlap else 0)
     assert found["alike"] <= found["positions"] * alike
     assert found["alike_layers"] <= found["positions"] * layers * alike_layers
 
@@ -94,6 +99,12 @@ def is_as_consumed(found: dict[str, Any], *, ids: int, publisher: str) -> None:
     assert (found["publisher"], found["dropped_tokens"]) == (publisher, 0)
 
 
+def hooked(log: str) -> str:
+    """What `loaded` of `sglang_spy` saw in the scheduler."""
+    [said] = set(re.findall(r"of expert_lens: (.*)", log))
+    return str(said)
+
+
 def ended_as_asked(found: dict[str, Any]) -> None:
     """What `abort` found: two of four requests were aborted, and all have the rows of what they put out."""
     assert found["state"] == {"r0": "finished", "r1": "aborted", "r2": "aborted", "r3": "finished"}
@@ -102,7 +113,8 @@ def ended_as_asked(found: dict[str, Any]) -> None:
 
 
 def nothing_is_captured(found: dict[str, Any], log: str) -> None:
-    """What `off` found: nothing of ours ran, and `attach` says what to do."""
+    """What `off` found: nothing of ours has hooked anything or ran, and `attach` says what to do."""
+    assert hooked(log) == "[]"
     assert "expert_lens.enable()" in found["message"]
     assert found["captures"] == []
     assert "expert_lens publishes" not in log

@@ -15,6 +15,7 @@ its own (`routers`): SGLang gives all layers the same; and SGLang's own capture 
   and of a tree leaves in the KV slots that their tokens are moved away from.
 * `in_graphs_of:ROWS`: makes SGLang's own capture right for prompts in graphs of so many rows a data-parallel rank: it
   cuts this rank's out where they are in a decode graph.
+* `loaded`: when a request has ended, prints which modules of expert_lens have hooked something, or hold a step.
 * `timed:FILE`: appends what expert_lens takes of the scheduler's thread in each decode step by graph, but for the
   launch: "ROWS MICROSECONDS" a line. In every second step what the clocks take that tell it, around nothing, before
   ours comes: "ROWS MICROSECONDS clocks".
@@ -51,7 +52,7 @@ def register() -> None:
         return
     routers()
     without_a_gpu()
-    spies = (consumed, altered, altered_in_graphs, numbered, followed, in_graphs_of, timed)
+    spies = (consumed, altered, altered_in_graphs, numbered, followed, in_graphs_of, loaded, timed)
     if what:
         {spy.__name__: spy for spy in spies}[what](file)
 
@@ -270,6 +271,19 @@ def in_graphs_of(rows: str) -> None:
         return on_forward_end(capturer, forward_batch=forward_batch, can_run_graph=can_run_graph, **kwargs)
 
     RoutedExpertsCapturer.on_forward_end = cut
+
+
+def loaded(_: str) -> None:
+    import sys
+
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def tell(*_: Any, **__: Any) -> None:
+        hooks = {hook.__module__ for hooks in HookRegistry._hooks.values() for _, hook, *_ in hooks}
+        found = {name for name in (*hooks, *({"expert_lens.tap"} & sys.modules.keys())) if "expert_lens" in name}
+        print(f"of expert_lens: {sorted(found)}", flush=True)
+
+    HookRegistry.register("sglang.srt.mem_cache.common.release_kv_cache", tell, HookType.AFTER)
 
 
 def timed(file: str) -> None:

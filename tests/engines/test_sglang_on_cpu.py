@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from sglang_releases import environment
-from sglang_runs import OTHER_MODELS, agrees, ended_as_asked, is_as_consumed, nothing_is_captured, run
+from sglang_runs import OTHER_MODELS, agrees, ended_as_asked, hooked, is_as_consumed, nothing_is_captured, run
 
 pytestmark = [
     pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere SGLang needs kernels of its own on a CPU"),
@@ -47,9 +47,10 @@ def captures_directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_few(found: dict[str, Any], *, layers: int = LAYERS, top_k: int = 8) -> None:
+def check_few(found: dict[str, Any], *, layers: int = LAYERS, top_k: int = 8, overlap: bool | None = True) -> None:
+    shape: dict[str, Any] = {"requests": 17, "ids": 3400 * layers * top_k, "layers": layers}
     # Of 8 experts two are often the same two.
-    agrees(found, requests=17, ids=3400 * layers * top_k, layers=layers, alike_layers=0.01 if top_k == 8 else 0.03)
+    agrees(found, **shape, alike_layers=0.01 if top_k == 8 else 0.03, overlap=overlap)
     assert (found["control"], found["states"], found["publisher"]) == (1, ["finished"], "host")
     late = found["late"]
     assert (late["requests"], late["different"], late["missing"]) == (3, 0, 0)
@@ -87,8 +88,10 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_ways_to_run(way: str) -> None:
     found, log = run("check", {**FEW, **WAYS[way]}, environment(NEWEST))
-    check_few(found)
-    assert runs_without_overlap(log) == ("disable_overlap_schedule" in WAYS[way])
+    overlap = "disable_overlap_schedule" not in WAYS[way]
+    check_few(found, overlap=overlap)
+    assert runs_without_overlap(log) == (not overlap)
+    assert (found["mixed"] > 0) == ("enable_mixed_chunk" in WAYS[way])
     assert (found["cached"] > 1000) == ("disable_radix_cache" not in WAYS[way])
 
 
@@ -105,7 +108,8 @@ def test_ranks(way: str) -> None:
     """Of pipeline stages SGLang's own capture gives the layers of one."""
     ranks, publishers, options = RANKS[way]
     found, log = run("check", {**FEW, **options}, environment(NEWEST, ranks=ranks))
-    check_few(found, layers=LAYERS // options.get("pp_size", 1))
+    stages = options.get("pp_size", 1)
+    check_few(found, layers=LAYERS // stages, overlap=stages == 1)
     assert log.count("expert_lens publishes as capture") == found["arenas"] == publishers
 
 
@@ -120,12 +124,13 @@ def test_retracted_requests_begin_again() -> None:
     retracting = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
     found, log = run("check", FEW, {**environment(NEWEST), **retracting})
     assert re.search(r"Testing retraction. #retracted_reqs: [1-9]", log)
-    check_few(found)
+    check_few(found, overlap=None)
 
 
 def test_aborted_requests_end() -> None:
-    found, _ = run("abort", {**CPU, "max_new_tokens": 300}, environment(NEWEST))
+    found, log = run("abort", {**CPU, "max_new_tokens": 300}, environment(NEWEST))
     ended_as_asked(found)
+    assert "expert_lens.tap" in hooked(log)
 
 
 def test_an_engine_that_was_not_enabled() -> None:

@@ -273,8 +273,10 @@ sys.stdin.readline()
 """
 
 
-@pytest.mark.parametrize("writer", [STREAM_WRITER, GRAPH_WRITER], ids=["stream", "graph"])
-def test_what_a_killed_writer_published_is_readable(writer: str) -> None:
+@pytest.mark.parametrize("killed", ["stream", "event", "graph"])
+def test_what_a_killed_writer_published_is_readable(killed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPERT_LENS_PUBLISHER", killed)
+    writer = GRAPH_WRITER if killed == "graph" else STREAM_WRITER
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{writer}"
     with start(code) as process:
         assert [hear(process), hear(process)] == ["published", "on its way"]
@@ -364,6 +366,18 @@ CLOSING = {
     "whose context is gone": """
         cuda = ctypes.CDLL("libcuda.so.1")
         assert cuda.cuDevicePrimaryCtxReset_v2(0) == 0
+    """,
+    "whose context is gone, and another one there": """
+        cuda = ctypes.CDLL("libcuda.so.1")
+        assert cuda.cuDevicePrimaryCtxReset_v2(0) == 0
+        assert cuda.cuDevicePrimaryCtxRetain(ctypes.byref(ctypes.c_void_p()), 0) == 0
+    """,
+    "whose context is gone while it captures": """
+        cuda = ctypes.CDLL("libcuda.so.1")
+        assert cuda.cuDevicePrimaryCtxReset_v2(0) == 0
+        tap.guard(publish_again)
+        assert isinstance(tap.error, CudaError), tap.error
+        assert not tap.active
     """,
     "whose context is broken": """
         with contextlib.suppress(torch.AcceleratorError):

@@ -10,6 +10,7 @@ from sglang_runs import (
     OTHER_MODELS,
     agrees,
     ended_as_asked,
+    hooked,
     is_as_consumed,
     nothing_is_captured,
     prompts_ran_in_graphs,
@@ -24,8 +25,8 @@ pytestmark = [
 
 WAYS: dict[str, dict[str, Any]] = {
     "radix cache": {"repeats": 2},
-    "no radix cache": {"disable_radix_cache": True},
-    "chunks of 128": {"chunked_prefill_size": 128},
+    "no radix cache": {"disable_radix_cache": True, "repeats": 2},
+    "chunks of 128": {"chunked_prefill_size": 128, "repeats": 2},
     "mixed chunks of 128": {"chunked_prefill_size": 128, "enable_mixed_chunk": True},
     "no overlap": {"disable_overlap_schedule": True},
     "no graphs": {"disable_cuda_graph": True},
@@ -45,8 +46,13 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_rows_are_those_of_sglangs_own_capture(way: str) -> None:
     found, log = run("check", dict(WAYS[way]))
-    layers, repeats = WAYS[way].get("model_num_hidden_layers", 48), WAYS[way].get("repeats", 1)
-    agrees(found, requests=159 * repeats, ids=450_000 * repeats * layers, layers=layers)
+    options = WAYS[way]
+    layers, repeats = options.get("model_num_hidden_layers", 48), options.get("repeats", 1)
+    overlap = "disable_overlap_schedule" not in options
+    agrees(found, requests=159 * repeats, ids=450_000 * repeats * layers, layers=layers, overlap=overlap)
+    assert (found["mixed"] > 0) == ("enable_mixed_chunk" in options)
+    assert (found["extra"] > 0) == overlap
+    assert found["padded"] > 0
     assert (found["control"], found["states"]) == (1, ["finished"])
     assert prompts_ran_in_graphs(log) == ("cuda_graph_backend_prefill" in WAYS[way])
     assert ("48 layers are numbered as their experts" in log) == ("spy" in WAYS[way])
@@ -80,7 +86,7 @@ def test_rejected_tokens_leave_no_rows(drafted: str, graphs: bool) -> None:
     found, _ = run("check", {**DRAFTED[drafted], **({} if graphs else {"disable_cuda_graph": True})})
     by_ngrams = "wave" in DRAFTED[drafted]
     shape = {"requests": 13, "layers": 48} if by_ngrams else {"requests": 159, "layers": 12}
-    agrees(found, **shape, ids=1_400_000, alike=1)  # of few tokens one often follows itself
+    agrees(found, **shape, ids=1_400_000, alike=1, overlap=None)  # of few tokens one often follows itself
     assert min(found["accepted"], found["rejected"]) > 0
     assert found["late"]["different"] == found["late"]["missing"] == 0
 
@@ -96,7 +102,7 @@ def test_other_ways_to_publish(publisher: str, monkeypatch: pytest.MonkeyPatch) 
 def test_retracted_requests_begin_again() -> None:
     found, log = run("check", {"max_total_tokens": 3000, "schedule_conservativeness": 0.05, "wave": "many_at_once"})
     assert "Retract requests" in log
-    agrees(found, requests=24, ids=2_500_000)
+    agrees(found, requests=24, ids=2_500_000, overlap=None)
 
 
 def test_what_was_computed_before_attaching_is_missing() -> None:
@@ -133,13 +139,14 @@ def test_altered_ids_are_found(spy: str, different: int) -> None:
 
 
 def test_aborted_requests_end() -> None:
-    found, _ = run("abort", {"model_num_hidden_layers": 8})
+    found, log = run("abort", {"model_num_hidden_layers": 8})
     ended_as_asked(found)
+    assert "expert_lens.tap" in hooked(log)
 
 
 def test_a_server_that_only_the_environment_enables() -> None:
     found, _ = run("server", {"model_num_hidden_layers": 12})
-    agrees(found, requests=40, ids=800_000, layers=12)
+    agrees(found, requests=40, ids=800_000, layers=12, overlap=None)
     assert (found["states"], found["of nobody"]) == (["finished"], [])
 
 
@@ -174,7 +181,7 @@ RANKS: dict[str, dict[str, Any]] = {
 def test_rows_of_several_gpus_are_those_of_sglangs_own_capture(way: str) -> None:
     found, log = run("check", dict(RANKS[way]))
     stages = RANKS[way].get("pp_size", 1)
-    agrees(found, requests=159, ids=20_000_000 // stages, layers=48 // stages)
+    agrees(found, requests=159, ids=20_000_000 // stages, layers=48 // stages, overlap=stages == 1)
     assert found["control"] == 1
     assert prompts_ran_in_graphs(log) == ("cuda_graph_backend_prefill" in RANKS[way])
     assert log.count("expert_lens publishes as capture") == found["arenas"] == RANKS[way].get("dp_size", 1) * stages

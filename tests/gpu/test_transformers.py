@@ -67,6 +67,18 @@ def test_greedy_batches_with_left_padding_give_the_rows_that_the_experts_receive
     assert capture.tap.writer.publisher == way
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device here; this needs two")
+def test_a_model_on_another_device_than_the_current_one(way: str, attach: Attach) -> None:
+    model = FAMILIES["qwen3_moe"]().to("cuda:1")
+    capture = attach(model)
+    ids, mask = (tensor.to("cuda:1") for tensor in padded([4, 9, 7, 1]))
+    assert torch.cuda.current_device() == 0
+    with Oracle(model).watching() as truth:
+        sequences = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    check_generated(capture, truth, sequences.cpu(), mask.cpu(), ["0.0", "0.1", "0.2", "0.3"])
+    assert (capture.tap.error, capture.tap.writer.publisher) == (None, way)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampling_with_return_sequences_gives_the_rows_that_the_experts_received(family: str, attach: Attach) -> None:
     model = FAMILIES[family]().cuda()
