@@ -3,15 +3,14 @@
 The step: 6 matrix products, 48 layers' top-k ids [n, 8], computed anew in each replay, and 2 products more, about as
 long as what an engine computes behind its last router. Ways, each a graph of its own: nothing; `lens`: kernels in the
 graph publish rows, token ids, positions and KV slots, beside those 2 products; `lens, at the end`: behind them; `lens,
-stream`: the graph packs, and the stream copies and publishes behind each replay; `deferred copy by torch`:
-`peers.DeferredCopy`.
+stream` and `lens, event`: the graph packs, and the stream copies and publishes behind each replay, by itself or by an
+event that a thread of ours looks at; `deferred copy by torch`: `peers.DeferredCopy`.
 
 Stream: the time a step takes, from events around blocks of 100 steps, less that of the same block without anything.
 CPU: what it takes on the engine's thread beside the launch, of a batch that goes on; `a new batch`: of one whose rows
 are stated anew in every step; `a replay of nobody's`: what it takes to launch the larger graph, and to pass over the
 replay; `the writer's post alone`: without the tap. Ways take turns in a new order each round. Counted: how long after a
-record's number can be seen in this process a reader process without CUDA has counted its rows, published by the graph
-and by the stream.
+record's number can be seen in this process a reader process without CUDA has counted its rows, published by each way.
 """
 
 import itertools
@@ -153,6 +152,7 @@ def measure_stream(rows: int) -> None:
     ways["lens, a replay of nobody's"], nobodys_tap = lens(rows, "graph", nobody=True)
     ways["lens, at the end"], end_tap = lens(rows, "graph", beside=False)
     ways["lens, stream"], other_tap = lens(rows, "stream")
+    ways["lens, event"], event_tap = lens(rows, "event")
     ways["deferred copy by torch"] = deferred_copy(rows)
     took: dict[str, list[float]] = {name: [] for name in ways}
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -167,7 +167,7 @@ def measure_stream(rows: int) -> None:
             end.synchronize()
             if round_ >= 3:
                 took[name].append(begin.elapsed_time(end) * 1e3 / STEPS)
-    all_published(tap, end_tap, other_tap, nobodys_tap)
+    all_published(tap, end_tap, other_tap, event_tap, nobodys_tap)
     assert nobodys_tap.writer.steps == 0
     nothing = took.pop("nothing")
     show(f"decode graph, n = {rows}: nothing", "µs a step", nothing)
@@ -203,6 +203,7 @@ def measure_cpu(rows: int) -> None:
     ways["lens, a new batch"], new_tap = lens(rows, "graph", anew=True)
     ways["lens, a replay of nobody's"], nobodys_tap = lens(rows, "graph", nobody=True)
     ways["lens, stream"], other_tap = lens(rows, "stream")
+    ways["lens, event"], event_tap = lens(rows, "event")
     ways["deferred copy by torch"] = deferred_copy(rows)
     writer: Any = tap.writer
     timed: Any = TimedWriter(writer)
@@ -236,7 +237,7 @@ def measure_cpu(rows: int) -> None:
     for name in ways.keys() & ours.keys():
         ours[name] = [took - launch for took, launch in zip(ours[name], launches, strict=True)]
     bars = {"lens": "<= 2", "lens, a new batch": "<= 5"}
-    all_published(tap, new_tap, nobodys_tap, other_tap)
+    all_published(tap, new_tap, nobodys_tap, other_tap, event_tap)
     for name, values in ours.items():
         bar = {"bar": bars[name]} if name in bars else {}
         show(f"decode graph, n = {rows}: {name}, CPU added", "µs a step", values, **bar)
@@ -291,7 +292,7 @@ def main() -> None:
         measure_stream(rows)
         measure_cpu(rows)
     measure_stream(8192)
-    for way in ("graph", "stream"):
+    for way in ("graph", "stream", "event"):
         measure_latency(way)
 
 

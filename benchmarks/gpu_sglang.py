@@ -1,8 +1,8 @@
 """SGLang's own experiment on one GPU, Qwen3-30B-A3B's shape with dummy weights: `python benchmarks/gpu_sglang.py`.
 
 Modes, each an engine of its own, started in turn and two of them twice; MODES="off;lens", say, in the environment asks
-for others than ORDER. Where there is memory for several engines, MODES="off|lens;native" has the
-first two stand side by side: they are started at once, and take turns by the run.
+for others than ORDER. Where there is memory for several engines, MODES="off|lens;native" has the first
+two stand side by side: they are started at once, and take turns by the run, the other way around each time.
 
 * `off`: without the plugin.
 * `off, a reader beside it`: the same, and a lens looks at a capture of something else, so that what a busy reader
@@ -120,6 +120,7 @@ def run_mode(mode: str) -> None:
     import sglang_engine
 
     native = mode.startswith("native")
+    os.environ.pop("EXPERT_LENS_ENABLE", None)
     if mode.startswith("lens"):
         expert_lens.enable()
     options = {f"model_{key}": value for key, value in MODEL.items()}
@@ -253,8 +254,8 @@ def run_beside(modes: list[str]) -> list[dict[str, Any]]:
     with ExitStack() as stack:
         engines = [stack.enter_context(started(__file__, mode)) for mode in modes]
         lines = [line for engine in engines for line in until_ready(engine)]
-        for _ in range(RUNS):
-            for engine in engines:
+        for run in range(RUNS):
+            for engine in engines if run % 2 == 0 else reversed(engines):
                 ask(engine)
                 lines += until_ready(engine)
         for engine in engines:
@@ -275,6 +276,7 @@ def report(runs: list[dict[str, Any]]) -> None:
         speed = statistics.mean(run["tokens/s"] for run in of["off"])
         show(f"{what}: decode step, off", "µs, mean of a run", [run["mean"] for run in of["off"]])
         show(f"{what}: throughput, off", "tokens/s", [run["tokens/s"] for run in of["off"]])
+        show(f"{what}: throughput, off : its mean", "throughput ratio", [run["tokens/s"] / speed for run in of["off"]])
         for mode in of:
             if mode == "off" or not of[mode]:
                 continue
