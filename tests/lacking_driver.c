@@ -1,7 +1,7 @@
 /* A driver of a device that lacks what LACKS says, in place of libcuda.so.1: for what no device at hand can be made to do.
  *
- * LACKS: numbers of device attributes, the name of a function that fails (or never says that an event has come), "context", if that was reset before anything made
- * in it is given back, or "same context", if another one was made then. Compiled with OLD, it has no function that came
+ * LACKS: numbers of device attributes, the name of a function that fails (or never says that an event has come),
+ * "context", if that was reset before anything made in it is given back, or "same context", if another one was made then. Compiled with OLD, it has no function that came
  * with a later driver. The device's memory is the process's, but for its first page; what a stream is given is done at
  * once, and an event comes at the third query. When the process ends, what is left is printed to stderr: the numbers of
  * pinned mappings, retained contexts and events.

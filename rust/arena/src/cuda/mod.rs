@@ -160,6 +160,7 @@ impl Pinned {
     pub fn stream(&mut self, ordinal: i32) -> Result<u64> {
         let at = self.device(ordinal)?;
         let context = self.devices[at].context;
+        let _relaxed = self.driver.relax()?;
         let mut streams = STREAMS.lock().unwrap_or_else(PoisonError::into_inner);
         streams.retain(|&(of, _)| self.driver.lives(of));
         if let Some(&(_, stream)) = streams.iter().find(|&&(of, _)| of == context) {
