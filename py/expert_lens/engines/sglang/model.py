@@ -35,7 +35,7 @@ def _routed_layers(model: Any) -> dict[int, int]:
     from sglang.srt.layers.moe.topk import TopK
 
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, TopK)]
-    told = {module.layer_id: _routed_k(module) for _, module in found if module.layer_id is not None}
+    told = {module.layer_id for _, module in found if module.layer_id is not None}
     for name, module in found:
         if module.layer_id is None:
             place = re.search(r"\b(?:layers|blocks)\.(\d+)\.", name)
@@ -45,8 +45,8 @@ def _routed_layers(model: Any) -> dict[int, int]:
                     "releases of SGLang it does."
                 )
             module.layer_id = int(place[1])
-            told[module.layer_id] = _routed_k(module)
-    return dict(sorted(told.items()))
+            told.add(module.layer_id)
+    return dict(sorted((module.layer_id, _routed_k(module)) for _, module in found))
 
 
 def _routed_k(topk: Any) -> int:
