@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -141,7 +140,8 @@ class Waves:
         self.native: dict[str, Any] = {}
         self.chosen = np.zeros((shape.layers, 65536), np.int64)
         """How often each layer chose each expert in rows that were computed: those that are not from the cache."""
-        self.cached = 0
+        self.cached: dict[str, int] = {}
+        """How many of each request's first rows are from the radix cache, computed for an earlier one."""
         self.accepted = 0
         self.rejected = 0
 
@@ -156,8 +156,7 @@ class Waves:
             rows = self.shape.rows(meta["routed_experts"])
             assert len(rows) == len(prompt) + len(result["output_ids"]) - 1
             self.native[meta["id"]] = rows
-            cached = meta.get("cached_tokens", 0)
-            self.cached += cached
+            cached = self.cached[meta["id"]] = meta.get("cached_tokens", 0)
             for layer in range(self.shape.layers):
                 ids = rows[cached:, layer].ravel()
                 self.chosen[layer] += np.bincount(ids, minlength=65536) if ids.any() else 0
@@ -251,7 +250,7 @@ def totals(lens: Any, waves: Waves) -> dict[str, int]:
     counts = lens.counts().astype(np.int64)
     chosen = waves.chosen[:, : counts.shape[1]]
     more = (counts - chosen)[chosen.any(axis=1)]
-    computed = sum(map(len, waves.native.values())) - waves.cached
+    computed = sum(map(len, waves.native.values())) - sum(waves.cached.values())
     return {
         "uncounted": int(-more[more < 0].sum()),
         "overcounted": int(more[more > 0].sum()) // len(more) // waves.shape.top_k,
@@ -259,14 +258,14 @@ def totals(lens: Any, waves: Waves) -> dict[str, int]:
     }
 
 
-def kinds_of_forwards(lens: Any, requests: Iterable[str]) -> dict[str, Any]:
+def kinds_of_forwards(lens: Any, cached: dict[str, int]) -> dict[str, Any]:
     """`mixed`: forwards with rows of prompts and of requests that decode. `padded`: decode steps of 5 to 7 rows, for
-    which no graph was captured but one of 8.
+    which no graph was captured but one of 8. Without each request's rows from the cache, which may be of decode steps.
     """
     phases: dict[int, list[int]] = {}
-    for request in requests:
+    for request, start in cached.items():
         rows = lens._collector.rows(request)
-        for step, phase in zip(rows["steps"].tolist(), rows["phases"].tolist(), strict=True):
+        for step, phase in zip(rows["steps"][start:].tolist(), rows["phases"][start:].tolist(), strict=True):
             phases.setdefault(step, []).append(phase)
     mixed = sum({0, 1} <= set(found) for found in phases.values())
     return {"mixed": mixed, "padded": sum(set(found) == {1} and 5 <= len(found) <= 7 for found in phases.values())}
@@ -290,11 +289,12 @@ def check(options: dict[str, Any]) -> dict[str, Any]:
         getattr(waves, wave)()
     found: dict[str, Any] = {
         **compare(lens, waves.native),
-        **{what: getattr(waves, what) for what in ("cached", "accepted", "rejected")},
+        "cached": sum(waves.cached.values()),
+        **{what: getattr(waves, what) for what in ("accepted", "rejected")},
         "arenas": len(lens._collector.arenas()),
         **told(lens),
         **totals(lens, waves),
-        **kinds_of_forwards(lens, waves.native),
+        **kinds_of_forwards(lens, waves.cached),
     }
     found["control"] = altered(lens, waves.native)
     found["states"] = sorted(set(lens._collector.requests()["state"]))
@@ -366,7 +366,7 @@ def late(options: dict[str, Any]) -> dict[str, Any]:
     waves.run([beginning], [4])
     waves.run([waves.new(700) for _ in range(24)], [4] * 24)
     waves.native.clear()
-    waves.cached = 0
+    waves.cached.clear()
     with expert_lens.attach(engine) as lens:
         waves.run([beginning + waves.new(20)], [8])
         [request] = waves.native
@@ -375,7 +375,7 @@ def late(options: dict[str, Any]) -> dict[str, Any]:
             missing = []
         except MissingRowsError as error:
             missing = [int(position) for position in error.positions]
-        found = {**compare(lens, waves.native), "positions missing": missing, "cached": waves.cached}
+        found = {**compare(lens, waves.native), "positions missing": missing, "cached": sum(waves.cached.values())}
     engine.shutdown()
     return found
 

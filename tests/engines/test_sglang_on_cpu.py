@@ -76,6 +76,7 @@ def test_the_newest_release_with_many_requests() -> None:
     agrees(found, requests=159, ids=450_000 * LAYERS, layers=LAYERS)
     assert found["cached"] > 10_000
     assert found["steps"] > 400
+    assert found["mixed"] == 0
     assert not runs_without_overlap(log)
 
 
