@@ -29,7 +29,7 @@ from expert_lens.engines import transformers as engine
 from expert_lens.engines.transformers import attachment, generate
 from expert_lens.engines.transformers.patch import StandIn
 
-STEPS, SKIPPED, CLOCKED_STEPS = 400, 20, 150
+STEPS, SKIPPED, CLOCKED_STEPS = 200, 20, 100
 NAME = f"bench-{os.getpid()}"
 
 
