@@ -27,7 +27,7 @@ from expert_lens.engines import transformers as engine
 
 LAYERS, TOP_K = 12, 8
 NAME = f"bench-{os.getpid()}"
-REQUESTS, PROMPT, OUTPUT, ROUNDS = 64, 64, 128, 4
+REQUESTS, PROMPT, OUTPUT, ROUNDS = 64, 64, 128, 6
 PREFILL, PREFILL_ROUNDS = 8192, 20
 GRAPHS = {"use_cuda_graph": True, "use_async_batching": True}
 
