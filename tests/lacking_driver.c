@@ -1,10 +1,10 @@
 /* A driver of a device that lacks what LACKS says, in place of libcuda.so.1: for what no device at hand can be made to do.
  *
  * LACKS: numbers of device attributes, the name of a function that fails (or never says that an event has come),
- * "context", if that was reset before anything made in it is given back, or "same context", if another one was made then. Compiled with OLD, it has no function that came
- * with a later driver. The device's memory is the process's, but for its first page; what a stream is given is done at
- * once, and an event comes at the third query. When the process ends, what is left is printed to stderr: the numbers of
- * pinned mappings, retained contexts and events.
+ * "context", if that was reset before anything made in it is given back, or "same context", if another one was made
+ * then. Compiled with OLD, it has no function that came with a later driver. The device's memory is the process's, but
+ * for its first page; what a stream is given is done at once, and an event comes at the third query. When the process
+ * ends, what is left is printed to stderr: the numbers of pinned mappings, retained contexts and events.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -81,9 +81,10 @@ int cuEventQuery(void *event) { return --*(int *)event <= 0 && !lacks("cuEventQu
 int cuEventDestroy_v2(void *event) { free(event); events--; return 0; }
 int cuThreadExchangeStreamCaptureMode(unsigned *mode) { return *mode > 2; }
 
-OF_NO_USE(cuMemcpyHtoDAsync_v2)
+int cuMemAlloc_v2(uint64_t *memory, size_t bytes) { *memory = (uint64_t)calloc(bytes, 1); return 0; }
+int cuMemFree_v2(uint64_t memory) { free((void *)memory); return 0; }
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *stream) { memcpy((void *)to, from, bytes); return stream == NULL; }
+int cuStreamSynchronize(void *stream) { return stream == NULL; }
+int cuStreamDestroy_v2(void *stream) { return stream == NULL; }
+
 OF_NO_USE(cuMemsetD32Async)
-OF_NO_USE(cuMemAlloc_v2)
-OF_NO_USE(cuMemFree_v2)
-OF_NO_USE(cuStreamDestroy_v2)
-OF_NO_USE(cuStreamSynchronize)

@@ -96,6 +96,48 @@ print(turns - before)
 """
 
 
+GRAPHS = """
+import ctypes
+import numpy as np
+from expert_lens._core import Collector, Writer
+
+writer = Writer("graphs", layers=[0, 1], num_experts=4, top_k=1)
+collector = Collector("graphs")
+mailbox = writer.mailbox(0, [], entries=2)
+experts = np.array([[[3], [1]], [[0], [2]]], np.uint8)
+
+def word(address):
+    return ctypes.c_uint64.from_address(address)
+
+def replay(number):
+    \"\"\"What a graph's kernels do, on a device whose memory is this process's.\"\"\"
+    entry = (ctypes.c_uint64 * 8).from_address(mailbox.entries + number % 2 * 64)
+    word(mailbox.taken).value = number
+    replay, rows, payload, sequence, value, *_ = entry
+    assert (replay, rows) == (number, 2)
+    ctypes.memmove(payload, experts[:, ::-1].tobytes(), 4)
+    word(sequence).value = value
+
+writer.set_batch([(1, "a", 0, 2, 2, "prefill")])
+publishers = []
+for step in range(6):
+    positions = np.arange(2, dtype=np.uint32) + 2 * step
+    if step % 2:
+        mailbox.set_rows(2, token_ids=False, positions=positions, kv_slots=False)
+        assert writer.publish_graph(mailbox)
+        replay(step // 2 + 1)
+    else:
+        assert writer.publish_device(experts.ctypes.data, 2, positions, device=0, stream=0)
+    publishers.append(writer.publisher)
+assert collector.sync(10.0)
+rows = collector.rows("a")["experts"]
+assert np.array_equal(rows, np.concatenate([experts, experts[:, ::-1]] * 3)), rows
+assert collector.stats()["publisher"] == writer.publisher
+writer.close()
+print(publishers[0], publishers[1:], sep="; ")
+"""
+
+
 def run(libraries: Path, lacks: str, code: str) -> Any:
     """The process that ran the code with a device that lacks this."""
     env = {**os.environ, "LD_LIBRARY_PATH": str(libraries), "LACKS": lacks}
@@ -122,6 +164,13 @@ def test_the_stream_publishes_where_a_device_has_all(libraries: Path) -> None:
 
 def test_an_event_publishes_where_a_stream_cannot_store(libraries: Path) -> None:
     assert publish(libraries, "122") == ("event", "")
+
+
+@pytest.mark.parametrize(("lacks", "eager", "both"), [("", "stream", "graph"), ("122", "event", "graph and event")])
+def test_graphs_publish_there_too_and_what_runs_in_none_goes_as_before(
+    libraries: Path, lacks: str, eager: str, both: str
+) -> None:
+    assert run(libraries, lacks, GRAPHS).stdout == f"{eager}; {[both] * 5}\n"
 
 
 def test_an_event_publishes_with_an_older_driver(tmp_path: Path) -> None:

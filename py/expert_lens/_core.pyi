@@ -251,8 +251,11 @@ class Writer:
     @property
     def path(self) -> str: ...
     @property
-    def publisher(self) -> Literal["host", "graph", "stream", "event"]:
-        """What publishes: this process's stores; or once a device did, its CUDA graphs, its stream, an event of it."""
+    def publisher(self) -> Literal["host", "graph", "graph and event", "stream", "event"]:
+        """What publishes: this process's stores; or once a device did, its CUDA graphs, its stream, an event of it.
+
+        "graph": the stream, behind what runs in no graph; "graph and event": an event, where the stream cannot.
+        """
 
     @property
     def steps(self) -> int: ...

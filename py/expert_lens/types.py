@@ -114,9 +114,9 @@ class CollectorStats(TypedDict):
     """Records that contradicted themselves and were left out."""
     corrupt: str | None
     """What the last of those said."""
-    publisher: Literal["host", "graph", "stream", "event"]
-    """What publishes: the engine's own stores; or, once a CUDA device did, its CUDA graphs; its stream; or an event of
-    it where the device cannot store by itself."""
+    publisher: Literal["host", "graph", "graph and event", "stream", "event"]
+    """What publishes: the engine's own stores; or, once a CUDA device did, its CUDA graphs, and its stream behind what
+    runs in none; or an event of the stream where that cannot store by itself."""
     lag_s: float
     """Seconds from the publishing of the newest record read until it was read; of the oldest unread one, if longer."""
     memory_bytes: int

@@ -1,13 +1,14 @@
 //! Posts: how the kernels of a CUDA graph learn, at each replay, where to write.
 //!
-//! A graph replays the same kernels with the same arguments. What changes from one replay to the next, the CPU stores into
-//! an entry, before it launches the replay. Replay number t (the first is 1) finds its post at entry t mod the number of
-//! entries, and takes it only if the entry says t. So a replay for which nothing was posted (a warm-up, an idle replay, a
-//! dropped step) writes nothing, and cannot take the post of another. Both sides count: the device in memory of its own, one further at
-//! every replay; the CPU here, one further for every replay that it posts for or passes over. **Every replay must be counted
-//! here before it is launched**, in the order of the launches. The device tells its count back in the word behind the
-//! entries as soon as a replay has begun, so one that passed by is noticed by the first post at which all that was launched
-//! before has begun; until then it may have taken a post. Whoever is two launches ahead at every post gives no such moment.
+//! A graph replays the same kernels with the same arguments. What changes from one replay to the next, the CPU stores
+//! into an entry, before it launches the replay. Replay number t (the first is 1) finds its post at entry t mod the
+//! number of entries, and takes it only if the entry says t. So a replay for which nothing was posted (a warm-up, an
+//! idle replay, a dropped step) writes nothing, and cannot take the post of another. Both sides count: the device in
+//! memory of its own, one further at every replay; the CPU here, one further for every replay that it posts for or
+//! passes over. **Every replay must be counted here before it is launched**, in the order of the launches. The device
+//! tells its count back in the word behind the entries as soon as a replay has begun, so one that passed by is noticed
+//! by the first post at which all that was launched before has begun; until then it may have taken a post. Whoever is
+//! two launches ahead at every post gives no such moment.
 //!
 //! *Order.* The post is stored before the call that launches the replay; the launch rings the device's doorbell by a store
 //! behind it, x86-64 keeps stores in order (no other processor is taken, see `cuda`), and the device reads host

@@ -60,6 +60,7 @@ pub fn way(way: Option<Way>) -> &'static str {
     match way {
         None => "host",
         Some(Way::Graph) => "graph",
+        Some(Way::GraphAndEvent) => "graph and event",
         Some(Way::Stream) => "stream",
         Some(Way::Event) => "event",
     }

@@ -55,7 +55,8 @@ impl Drop for Event {
     fn drop(&mut self) {
         // If the context was reset before us, what was made in it is gone.
         if self.driver.lives(self.context) {
-            // SAFETY: made in `create`, in a context that lives, and nobody else holds it. To destroy one that has not come yet is allowed.
+            // SAFETY: made in `create`, in a context that lives, and nobody else holds it. To destroy one that has not come
+            // yet is allowed.
             unsafe { (self.driver.event_destroy)(self.handle as Handle) };
         }
     }

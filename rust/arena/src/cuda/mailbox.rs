@@ -169,9 +169,10 @@ impl Drop for Mailbox {
             return; // a fork's copy
         }
         let freed = || {
-            // SAFETY: made in `allocate`, in a context that lives, or not made, which the driver says. Nobody launches the graph any more, and to free
-            // device memory waits for the replays on their way ("causes the GPU to synchronize across all executing CUDA
-            // streams", CUDA C++ Programming Guide, "Stream Ordered Memory Allocator"), so it comes first.
+            // SAFETY: made in `allocate`, in a context that lives, or not made, which the driver says. Nobody launches the
+            // graph any more, and to free device memory waits for the replays on their way ("causes the GPU to synchronize
+            // across all executing CUDA streams", CUDA C++ Programming Guide, "Stream Ordered Memory Allocator"), so it
+            // comes first.
             unsafe {
                 (driver.device_free)(self.state);
                 (driver.unregister)(self.host.address());

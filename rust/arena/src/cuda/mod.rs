@@ -44,8 +44,10 @@ const LANDING_TIMEOUT: Duration = Duration::from_secs(5);
 /// How records of devices are published.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
-    /// Kernels in the engine's CUDA graph write the rows and the sequence number.
+    /// Kernels in the engine's CUDA graph write the rows and the sequence number; of what runs in no graph, the stream does.
     Graph,
+    /// The same, where a device cannot do the second.
+    GraphAndEvent,
     /// The stream stores the sequence number.
     Stream,
     /// A thread of ours stores it, once an event has come.
@@ -60,12 +62,15 @@ impl Way {
             Some(Self::Graph) => 1,
             Some(Self::Stream) => 2,
             Some(Self::Event) => 3,
+            Some(Self::GraphAndEvent) => 4,
         }
     }
 
     /// What a word in the arena says; None for what no writer of ours stores.
     pub(crate) fn from_word(word: u64) -> Option<Self> {
-        [Self::Graph, Self::Stream, Self::Event].into_iter().find(|&way| Self::to_word(Some(way)) == word)
+        [Self::Graph, Self::Stream, Self::Event, Self::GraphAndEvent]
+            .into_iter()
+            .find(|&way| Self::to_word(Some(way)) == word)
     }
 }
 
@@ -175,7 +180,7 @@ impl Pinned {
     /// What brings rows of a device into the arena, on its raw stream.
     pub fn landing(&mut self, ordinal: i32, stream: u64) -> Result<OnStream<'_>> {
         let at = self.device(ordinal)?;
-        if self.used != Some(Way::Graph) {
+        if !matches!(self.used, Some(Way::Graph | Way::GraphAndEvent)) {
             self.used = Some(if self.devices[at].by_event { Way::Event } else { Way::Stream });
         }
         let entered = self.driver.enter(self.devices[at].context)?;
@@ -197,7 +202,7 @@ impl Pinned {
     pub fn by_post<'a>(&mut self, mailbox: &'a mut Mailbox, rows: usize) -> Result<Option<ByPost<'a>>> {
         let has_room = mailbox.posts().advance()?;
         let at = self.device(mailbox.ordinal())?;
-        self.used = Some(Way::Graph);
+        self.used = Some(if self.devices[at].by_event { Way::GraphAndEvent } else { Way::Graph });
         Ok(has_room.then(|| ByPost { mailbox, base: self.devices[at].base, rows, payload: None }))
     }
 
