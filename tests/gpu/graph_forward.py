@@ -24,6 +24,7 @@ class GraphForward:
 
     Row r of step s, at position p: expert ids (s * PRIME + 11 p + 3 layer + 5 k) mod E, token id p + s mod 1000, KV
     slot 3 p + s, weights ids / 1024. `counting`: each replay computes the step after the last one's, by itself.
+    `scores`: the layers hand over weights of all experts.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class GraphForward:
         dtype: torch.dtype = torch.int64,
         columns: bool = True,
         strided: bool = False,
+        scores: bool = False,
         warm_up: bool = True,
         beside: bool = True,
         counting: bool = False,
@@ -44,6 +46,7 @@ class GraphForward:
         self.dtype = dtype
         self.columns = columns
         self.strided = strided
+        self.scores = scores
         self.beside = beside
         self.counting = counting
         device = torch.device("cuda", torch.cuda.current_device())
@@ -87,12 +90,19 @@ class GraphForward:
         else:
             ids = (first[:, None] + self.offsets[:, None]).remainder(tap.num_experts).to(self.dtype).unbind(0)
         for slot, one in enumerate(ids):
-            tap.layer(slot, one, one.to(torch.float32) / 1024 if tap.weights else None)
+            tap.layer(slot, one, self.weights(one) if tap.weights else None)
         self.seen.copy_(step)
         self.run_on()
         if not self.columns:
             return {"token_ids": tokens}
         return {"token_ids": tokens, "positions": self.positions, "kv_slots": slots}
+
+    def weights(self, ids: torch.Tensor) -> torch.Tensor:
+        """Of the chosen experts, or of all of them."""
+        if self.scores:
+            each = torch.arange(self.tap.num_experts, dtype=torch.float32, device=ids.device) / 1024
+            return each.expand(len(ids), -1)
+        return ids.to(torch.float32) / 1024
 
     def run_before(self) -> None:
         """What the forward computes before its layers choose."""

@@ -11,6 +11,10 @@ from expert_lens._core import Writer
 
 L, K = 48, 8
 PRIME = 7919
+STEPS = 200_000
+"""Of a stress test."""
+SIZES = [1] * 60 + [2, 7, 16, 33, 64, 64, 64, 100, 256] * 4 + [1000, 2048, 4096]
+"""Rows of its steps, to choose from."""
 
 
 def make_writer(capture: str, num_experts: int = 128, **options: Any) -> Writer:
@@ -18,16 +22,18 @@ def make_writer(capture: str, num_experts: int = 128, **options: Any) -> Writer:
     return Writer(capture, **{**facts, **options})
 
 
-def expected(steps: npt.NDArray[Any], positions: npt.NDArray[Any], num_experts: int) -> npt.NDArray[Any]:
-    """[n, L, K] of rows with these step numbers and positions [n], by numpy."""
+def expected(
+    steps: npt.NDArray[Any], positions: npt.NDArray[Any], num_experts: int, layers: int = L, top_k: int = K
+) -> npt.NDArray[Any]:
+    """[n, layers, top_k] of rows with these step numbers and positions [n], by numpy."""
     first = (steps.astype(np.int64) * PRIME + positions.astype(np.int64) * 11) % num_experts
-    return _by_first(num_experts)[first]
+    return _by_first(num_experts, layers, top_k)[first]
 
 
 @cache
-def _by_first(num_experts: int) -> npt.NDArray[Any]:
+def _by_first(num_experts: int, layers: int, top_k: int) -> npt.NDArray[Any]:
     first = np.arange(num_experts)[:, None, None]
-    ids = (first + np.arange(L)[:, None] * 3 + np.arange(K) * 5) % num_experts
+    ids = (first + np.arange(layers)[:, None] * 3 + np.arange(top_k) * 5) % num_experts
     return ids.astype(np.uint8 if num_experts <= 256 else np.uint16)
 
 

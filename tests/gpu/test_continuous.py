@@ -14,6 +14,8 @@ from graph_oracle import GraphOracle
 
 from batches import check_batches, generate_batch, small_batches
 from expert_lens import graphs
+from expert_lens.engines import transformers as engine
+from expert_lens.errors import CudaError
 from oracle import replayed
 from support import Attach
 from tiny_models import FAMILIES
@@ -82,7 +84,7 @@ def test_every_request_has_the_rows_that_the_experts_received(mode: str, family:
     assert tokens <= capture.stats()["tokens"] <= tokens + len(PROMPTS) * ("asynchronous" in mode)
     if "graphs" in mode:
         assert truth.num_replays > 10
-        assert capture.tap.writer.publisher == way
+        assert capture.stats()["publisher"] == capture.tap.writer.publisher == way
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -148,6 +150,20 @@ def test_graphs_that_were_captured_before_attaching_are_captured_anew(mode: str,
         capture.tap.close()
         check_outputs(mode, run, before)
     model.destroy_cached_continuous_batching_manager()
+
+
+def test_a_driver_that_refuses_while_graphs_are_captured_switches_the_capture_off(unpinnable: str) -> None:
+    model = FAMILIES["qwen3_moe"](experts_implementation="batched_mm")
+    model.generation_config.eos_token_id = -1
+    tap = engine.attach(model, "refused", directory=unpinnable)
+    model.cuda()  # where attaching would have been refused
+    options = {"continuous_batching_config": small_batches(max_batch_tokens=32, **MODES["graphs"])}
+    with pytest.warns(RuntimeWarning, match="it must lie on a tmpfs"):
+        results = generate_batch(model, PROMPTS, max_new_tokens=12, **options)
+    assert isinstance(tap.error, CudaError)
+    assert tap.writer.steps == 0
+    tap.close()
+    assert tokens_of(results) == tokens_of(generate_batch(model, PROMPTS, max_new_tokens=12, **options))
 
 
 def test_a_cancelled_request_is_aborted_and_others_go_on(attach: Attach) -> None:

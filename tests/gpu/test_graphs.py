@@ -19,8 +19,8 @@ import pytest
 import torch
 from capturing import another_thread_captures
 from graph_forward import GraphForward, make_tap
-from patterns import K, L, OnDevice, publish
-from test_publishing import SIZES, STEPS, report, start_reader
+from patterns import SIZES, STEPS, K, L, OnDevice, expected, publish
+from reader_process import report, start_reader
 from watching import Watch
 
 from expert_lens import graphs, kernels
@@ -90,8 +90,7 @@ def check(
 ) -> None:
     """Every row is what its step and position say."""
     steps, positions = block["steps"].astype(np.int64), block["positions"].astype(np.int64)
-    first = steps * 7919 + positions * 11
-    ids = (first[:, None, None] + np.arange(layers)[:, None] * 3 + np.arange(top_k) * 5) % num_experts
+    ids = expected(steps, positions, num_experts, layers, top_k)
     np.testing.assert_array_equal(block["experts"], ids)
     np.testing.assert_array_equal(block["token_ids"], positions + steps % 1000)
     if columns:
@@ -125,6 +124,18 @@ def test_every_row_of_batches_smaller_than_the_graph(
     block = read(stream, sum(sizes))
     check(block, num_experts, layers, top_k, columns=columns, weights=weights)
     assert block["positions"].tolist() == [5 + row for rows in sizes for row in range(rows)]
+    assert tap.error is None
+    assert tap.writer.publisher == way
+
+
+def test_weights_of_all_experts_are_gathered(way: str, opened: Opened) -> None:
+    """What has to be computed first is not there when the last layer has chosen."""
+    tap, stream = opened("gathered", weights=True)
+    forward = GraphForward(tap, 70, scores=True)
+    sizes = [1, 70, 8]
+    for rows in sizes:
+        forward.replay(rows)
+    check(read(stream, sum(sizes)), 128, weights=True)
     assert tap.error is None
     assert tap.writer.publisher == way
 

@@ -1,29 +1,25 @@
 """The GPU publishes: what readers without CUDA see is what the GPU computed, whole or not at all."""
 
-import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from capturing import another_thread_captures
 from graph_forward import GraphForward, make_tap
-from patterns import OnDevice, expected, make_writer, publish
+from patterns import SIZES, STEPS, OnDevice, expected, make_writer, publish
+from pinning import mapped, pinned
+from reader_process import report, start_reader
 from watching import Watch
 
 from children import hear, start
 from expert_lens._core import Collector, RowStream, Writer
 from expert_lens.errors import CudaError, OptionError
 
-READING = Path(__file__).parent / "reading.py"
 WAYS = ["stream", "event"]
 
 
@@ -31,23 +27,6 @@ WAYS = ["stream", "event"]
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("EXPERT_LENS_PUBLISHER", request.param)
     return str(request.param)
-
-
-def start_reader(capture: str, num_experts: int = 128, rows_a_block: int = 8192) -> subprocess.Popen[str]:
-    reader = subprocess.Popen(
-        [sys.executable, str(READING), capture, str(num_experts), str(rows_a_block)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert hear(reader) == "ready"
-    return reader
-
-
-def report(reader: subprocess.Popen[str]) -> dict[str, Any]:
-    with reader:
-        found: dict[str, Any] = json.loads(hear(reader))
-    return found
 
 
 @pytest.mark.parametrize(("num_experts", "weights"), [(128, False), (256, True), (384, False), (1024, True)])
@@ -164,9 +143,7 @@ def test_drops_are_counted_and_what_comes_is_whole(way: str) -> None:
     assert writer.publisher == way
 
 
-STEPS = 200_000
 EDGE_STEPS = 2000
-SIZES = [1] * 60 + [2, 7, 16, 33, 64, 64, 64, 100, 256] * 4 + [1000, 2048, 4096]
 
 
 @pytest.mark.timeout(600)
@@ -326,26 +303,26 @@ def test_lengths_that_do_not_agree_publish_nothing() -> None:
     writer.close()
 
 
-def shared_memory() -> int:
-    """Bytes of memory that files without a disk take, those without a name included."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Shmem:"))
-
-
 def test_a_closed_arena_is_pinned_no_longer(way: str) -> None:
     source = OnDevice(128, 8)
-    before = shared_memory()
-    for number in range(24):
-        writer = make_writer(f"closed-{number}", arena_bytes=256 << 20)
+    for number in range(3):
+        writer = make_writer(f"closed-{number}")
+        places = mapped(writer.path)
+        assert len(places) == 1
+        assert not pinned(places)
         assert publish(writer, source, 0, 8)
         assert writer.publisher == way
+        assert pinned(places) == places
+        path = writer.path
         writer.close()
-    assert shared_memory() - before < 1 << 30
+        assert not pinned(places)
+        assert not mapped(path)
 
 
 def test_a_refusal_behind_rows_that_landed_keeps_nobody_from_closing(way: str) -> None:
     """What was published is there; close does not wait for what never comes, and gives the memory back."""
     writer = make_writer("refusing")
+    [place] = mapped(writer.path)
     reader = Collector("refusing")
     source = OnDevice(128, 64)
     assert publish(writer, source, 0, 64)
@@ -355,11 +332,13 @@ def test_a_refusal_behind_rows_that_landed_keeps_nobody_from_closing(way: str) -
     assert writer.publisher == way
     while reader.tokens < 64:
         time.sleep(0.01)
-    reader.close()
-    began, before = time.monotonic(), shared_memory()
+    assert pinned([place])
+    began, path = time.monotonic(), writer.path
     writer.close()
     assert time.monotonic() - began < 3
-    assert before - shared_memory() > 200 << 20
+    assert not pinned([place])
+    assert place not in mapped(path)
+    reader.close()
 
 
 CLOSING = {
@@ -391,6 +370,7 @@ CLOSING = {
             raise SystemExit("no error")
     """,
 }
+TWO_DEVICES = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device here; this needs two")
 
 
 PUBLISHED = """
@@ -400,7 +380,9 @@ import torch
 from graph_forward import GraphForward, make_tap
 from patterns import OnDevice
 from expert_lens.errors import CudaError
+from pinning import mapped, pinned
 tap = make_tap("closing")
+places = mapped(tap.writer.path)
 forward = GraphForward(tap, 64)
 forward.replay(64)
 packed = OnDevice(128, 64).experts(0, 64)
@@ -408,23 +390,47 @@ def publish_again():
     tap.writer.publish_device(packed.data_ptr(), 64, np.arange(64, dtype=np.uint32), device=0, stream=0)
 publish_again()
 torch.cuda.synchronize()
+assert pinned(places) == places != set()
 """
 CLOSED = """
 tap.close()
 del forward.graph.expert_lens, forward.recorded
 print("closed", flush=True)
+"""
+UNPINNED = """
+assert not pinned(places)
+print("given back", flush=True)
+"""
+ENDED = """
 os._exit(0)
 """
 
 
+def printed(*parts: str) -> list[str]:
+    """By a process that runs these parts one after the other."""
+    path = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})"
+    with start("\n".join([path, *map(textwrap.dedent, parts)])) as process:
+        return process.communicate()[0].split("\n")[:-1]
+
+
 @pytest.mark.parametrize("what", CLOSING)
 def test_a_writer_can_be_closed_in_a_process(what: str) -> None:
-    path = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})"
-    with start("\n".join([path, PUBLISHED, textwrap.dedent(CLOSING[what]), CLOSED])) as process:
-        assert hear(process) == "closed"
+    """Where its context is gone, its pages are pinned no longer; a driver whose context is broken cannot be asked."""
+    if "broken" in what:
+        assert printed(PUBLISHED, CLOSING[what], CLOSED, ENDED) == ["closed"]
+    else:
+        assert printed(PUBLISHED, CLOSING[what], CLOSED, UNPINNED, ENDED) == ["closed", "given back"]
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device here; this needs two")
+@TWO_DEVICES
+@pytest.mark.parametrize("device", [0, 1])
+def test_what_two_devices_know_is_given_back_when_one_of_them_is_reset(device: int) -> None:
+    reset = f'assert ctypes.CDLL("libcuda.so.1").cuDevicePrimaryCtxReset_v2({device}) == 0'
+    beside = "assert not pinned(places, 1)"
+    assert printed(PUBLISHED, "tap.prepare(1)", reset, CLOSED, beside, UNPINNED, ENDED) == ["closed", "given back"]
+
+
+@TWO_DEVICES
 def test_two_devices_publish_into_one_arena() -> None:
     tap = make_tap("two", arena_bytes=64 << 20)
     reader = start_reader("two")
@@ -437,7 +443,7 @@ def test_two_devices_publish_into_one_arena() -> None:
     for step in range(2000):
         rows, device = step % 64 + 1, step // 2 % 2
         if step % 2:
-            forwards[device].replay(rows)  # whatever device is the current one
+            forwards[device].replay(rows)
             by_graph += rows
         else:
             packed, tokens = sources[device].experts(step, rows), sources[device].token_ids(step, rows)
