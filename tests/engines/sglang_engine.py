@@ -457,30 +457,40 @@ def timing(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def abort(options: dict[str, Any]) -> dict[str, Any]:
-    """Requests that are aborted while they decode, beside others."""
+    """Requests that are aborted beside others: while they decode, in the midst of a prompt, and while they wait."""
     chosen = {"max_new_tokens": options.pop("max_new_tokens", 3000), "ignore_eos": True, "temperature": 0.8}
     expert_lens.enable(name="aborted-ones")
     os.environ["SGLANG_SPY"] = "loaded"
-    engine, shape = start(options)
+    engine, shape = start({"chunked_prefill_size": 64, "max_running_requests": 5, **options})
     lens = expert_lens.attach(engine)
     waves = Waves(engine, shape)
 
-    async def run() -> list[Any]:
-        tasks = [
-            asyncio.create_task(engine.async_generate(input_ids=waves.new(50), sampling_params=chosen, rid=f"r{i}"))
-            for i in range(4)
-        ]
-        while len(tokens := lens._collector.requests()["tokens"]) < 4 or min(tokens) < 60:
-            await asyncio.sleep(0.05)
-        for rid in ("r1", "r2"):
+    def begin(rid: str, length: int) -> asyncio.Task[Any]:
+        return asyncio.create_task(engine.async_generate(input_ids=waves.new(length), sampling_params=chosen, rid=rid))
+
+    async def reach(tokens: dict[str, int]) -> None:
+        while True:
+            seen = lens._collector.requests()
+            if all(
+                dict(zip(seen["request"], seen["tokens"], strict=True)).get(rid, 0) >= n for rid, n in tokens.items()
+            ):
+                return
+            await asyncio.sleep(0.001)
+
+    async def run() -> dict[str, Any]:
+        tasks = {f"r{i}": begin(f"r{i}", 50) for i in range(4)}
+        await reach(dict.fromkeys(tasks, 60))
+        tasks |= {"long": begin("long", 2500), "waits": begin("waits", 20)}
+        await reach({"long": 64})
+        for rid in ("r1", "r2", "long", "waits"):
             engine.tokenizer_manager.abort_request(rid=rid)
-        return await asyncio.gather(*tasks)
+        return {rid: await task for rid, task in tasks.items()}
 
     results = engine.loop.run_until_complete(run())
     states = lens._collector.requests()
     found = {
-        "outputs": {f"r{i}": len(result["output_ids"]) for i, result in enumerate(results)},
-        "rows": {f"r{i}": len(lens.routed_experts(f"r{i}")) for i in range(4)},
+        "outputs": {rid: len(result["output_ids"]) for rid, result in results.items()},
+        "rows": {rid: len(lens.routed_experts(rid)) for rid in states["request"]},
         "state": dict(zip(states["request"], states["state"], strict=True)),
     }
     lens.close()

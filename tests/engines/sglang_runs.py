@@ -106,10 +106,14 @@ def hooked(log: str) -> str:
 
 
 def ended_as_asked(found: dict[str, Any]) -> None:
-    """What `abort` found: two of four requests were aborted, and all have the rows of what they put out."""
-    assert found["state"] == {"r0": "finished", "r1": "aborted", "r2": "aborted", "r3": "finished"}
-    for request, outputs in found["outputs"].items():
-        assert found["rows"][request] == 50 + outputs - 1
+    """What `abort` found: all have the rows of what was computed; of a request that only waited nothing was."""
+    aborted = dict.fromkeys(["r1", "r2", "long"], "aborted")
+    assert found["state"] == {"r0": "finished", "r3": "finished", **aborted}
+    assert found["outputs"].keys() == found["state"].keys() | {"waits"}
+    assert found["outputs"]["waits"] == found["outputs"]["long"] == 0
+    assert found["rows"].pop("long") in range(64, 2500, 64)
+    for request, rows in found["rows"].items():
+        assert rows == 50 + found["outputs"][request] - 1
 
 
 def nothing_is_captured(found: dict[str, Any], log: str) -> None:
