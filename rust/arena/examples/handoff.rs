@@ -17,17 +17,20 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    if let [role, directory, period_us, count] = &arguments[..]
+    if let [role, directory, count, periods_us @ ..] = &arguments[..]
         && role == "publish"
     {
-        return publish_at_a_pace(Path::new(directory), period_us.parse()?, count.parse()?);
+        let periods_us = periods_us.iter().map(|period| period.parse()).collect::<std::result::Result<Vec<_>, _>>()?;
+        return publish_at_a_pace(Path::new(directory), count.parse()?, &periods_us);
     }
     machine(1000, 4000);
-    for (name, period_us, count) in [
-        ("published to visible in another process, a record a ms", 1000, 4000),
-        ("the same, a record in 10 ms", 10_000, 500),
+    let early = [vec![8000; 19], vec![1000]].concat();
+    for (name, periods_us, count) in [
+        ("published to visible in another process, a record a ms", &[1000][..], 4000),
+        ("the same, a record in 10 ms", &[10_000], 500),
+        ("the same, a record in 8 ms, and of 20 one after one", &early, 600),
     ] {
-        visible(name, period_us, count)?;
+        visible(name, periods_us, count)?;
     }
     visible_in_collector(1000, 4000)?;
     idle_reader()?;
@@ -81,14 +84,14 @@ impl Decode {
     }
 }
 
-/// The child's part: one row a record, in time.
-fn publish_at_a_pace(directory: &Path, period_us: u64, count: u64) -> Result<()> {
+/// The child's part: one row a record, in time; before each one of the periods, in turn.
+fn publish_at_a_pace(directory: &Path, count: usize, periods_us: &[u64]) -> Result<()> {
     let mut publisher = publisher(directory)?;
     let mut decode = Decode::begin(&mut publisher, 1)?;
     while !directory.join("go").exists() {
         std::thread::sleep(Duration::from_millis(1));
     }
-    for _ in 0..count {
+    for &period_us in periods_us.iter().cycle().take(count) {
         std::thread::sleep(Duration::from_micros(period_us));
         decode.publish(&mut publisher)?;
     }
@@ -96,11 +99,12 @@ fn publish_at_a_pace(directory: &Path, period_us: u64, count: u64) -> Result<()>
 }
 
 /// Start the publishing child, and wait for its arena.
-fn start(directory: &Path, period_us: u64, count: u64) -> Result<Child> {
+fn start(directory: &Path, periods_us: &[u64], count: u64) -> Result<Child> {
     let child = Command::new(std::env::current_exe()?)
         .arg("publish")
         .arg(directory)
-        .args([period_us.to_string(), count.to_string()])
+        .arg(count.to_string())
+        .args(periods_us.iter().map(u64::to_string))
         .spawn()?;
     while find(directory, CAPTURE).is_err() {
         std::thread::sleep(Duration::from_millis(1));
@@ -122,11 +126,12 @@ fn cpu_s() -> f64 {
     time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
 }
 
-/// What the machine itself adds: how late a thread that only sleeps, at the prompt pace, would see a record a period.
+/// What the machine itself adds: how late a thread that only sleeps, as one does when a record is due, would see a record a period.
 fn machine(period_us: u64, count: u64) {
-    let (mut waiter, mut figures, began) = (Waiter::new(Pace::PROMPT), Vec::new(), Instant::now());
+    let _exact = Waiter::new(Pace::PROMPT);
+    let (mut figures, began) = (Vec::new(), Instant::now());
     while figures.len() < count as usize {
-        waiter.wait(true);
+        std::thread::sleep(Pace::PROMPT.active);
         let now = began.elapsed().as_secs_f64() * 1e6;
         let due = |figures: &Vec<f64>| ((figures.len() + 1) as u64 * period_us) as f64;
         while due(&figures) <= now {
@@ -138,9 +143,9 @@ fn machine(period_us: u64, count: u64) {
 }
 
 /// From the moment that a publish begins until a reader in another process, looking at the prompt pace, has the record.
-fn visible(name: &str, period_us: u64, count: u64) -> Result<()> {
+fn visible(name: &str, periods_us: &[u64], count: u64) -> Result<()> {
     let folder = folder()?;
-    let mut child = start(folder.path(), period_us, count)?;
+    let mut child = start(folder.path(), periods_us, count)?;
     let mut reader = open(&find(folder.path(), CAPTURE)?[0], Mode::Lossless)?;
     go(folder.path())?;
     let mut waiter = Waiter::new(Pace::PROMPT);
@@ -171,7 +176,7 @@ fn visible(name: &str, period_us: u64, count: u64) -> Result<()> {
 /// The same until the collector has counted the rows, as it says itself, asked now and then.
 fn visible_in_collector(period_us: u64, count: u64) -> Result<()> {
     let folder = folder()?;
-    let mut child = start(folder.path(), period_us, count)?;
+    let mut child = start(folder.path(), &[period_us], count)?;
     let collector = collector(folder.path())?;
     go(folder.path())?;
     let (mut figures, mut last) = (Vec::new(), 0);
@@ -196,7 +201,7 @@ fn collector(directory: &Path) -> Result<Collector> {
 /// CPU that a collector takes while nothing comes.
 fn idle_reader() -> Result<()> {
     let folder = folder()?;
-    let mut child = start(folder.path(), 1_000_000, 8)?;
+    let mut child = start(folder.path(), &[1_000_000], 8)?;
     let _collector = collector(folder.path())?;
     std::thread::sleep(Duration::from_millis(500));
     let mut figures = Vec::new();

@@ -308,17 +308,21 @@ impl Drop for Collector {
 
 fn run(shared: &Shared, pace: Pace) {
     let mut waiter = Waiter::new(pace);
+    let mut came = false;
     while !shared.stop.load(Relaxed) {
-        let (came, emptied) = {
+        let emptied = {
             let mut state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
             state.look();
-            state.drain(&shared.tokens, DRAIN_SLICE)
+            let (some, emptied) = state.drain(&shared.tokens, DRAIN_SLICE);
+            came |= some;
+            emptied
         };
         while shared.waiting.load(Relaxed) > 0 && !shared.stop.load(Relaxed) {
             std::thread::yield_now();
         }
         if emptied {
             waiter.wait(came);
+            came = false;
         }
     }
 }
