@@ -4,7 +4,7 @@ Modes, each an engine of its own, started in turn and two of them twice; MODES="
 for others than ORDER. Where there is memory for several engines, MODES="off|lens;native" has the first
 two stand side by side: they are started at once, and take turns by the run, the other way around each time.
 
-* `off`: without the plugin.
+* `off`: the plugin is installed, and not enabled.
 * `off, a reader beside it`: the same, and a lens looks at a capture of something else, so that what a busy reader
   changes on a machine is not taken for what the plugin does.
 * `lens`: a lens attached in the process of the engine, which counts and keeps every row.
@@ -19,7 +19,7 @@ A run ends with the last answer. SGLang's own capture brings each request's expe
 for behind it, and what that takes is in the throughput with `rows in hand`.
 OPTIONS='{"tp_size": 2}' gives engines more options, RUNS=3 each of them so many runs. A decode step: the time between
 two tokens of one request as they arrive, once all requests decode, and before the last one, with which comes what is
-done when requests end. A figure of the lens or of SGLang's capture is relative to the mean of the runs with `off`.
+done when requests end. A figure of the lens or of SGLang's capture is relative to the median of the runs with `off`.
 """
 
 import asyncio
@@ -134,8 +134,8 @@ def run_mode(mode: str) -> None:
     more = {"return_routed_experts": True} if native else {}
     runs = itertools.count()
 
-    async def all_of_them(prompts: list[list[int]], output: int, rids: list[str]) -> list[float]:
-        """When each token of the last one arrived.
+    async def all_of_them(prompts: list[list[int]], output: int, rids: list[str]) -> list[tuple[float, int]]:
+        """When tokens of the last one arrived, and how many had by then: of those that had to wait several at once.
 
         The others are sent in one message, and the last one behind them: sent one by one, as many as happen to be
         there get into the first forward, and a forward more is a quarter of a per cent of a run.
@@ -143,10 +143,10 @@ def run_mode(mode: str) -> None:
         chosen = {"max_new_tokens": output, "ignore_eos": True, "temperature": 0.0}
         *before, last = ({"input_ids": prompt, "rid": rid} for prompt, rid in zip(prompts, rids, strict=True))
 
-        async def watched() -> list[float]:
+        async def watched() -> list[tuple[float, int]]:
             await asyncio.sleep(BEHIND if before else 0)
             tokens = await engine.async_generate(**last, sampling_params=chosen, stream=True, **more)
-            return [time.perf_counter() async for _ in tokens]
+            return [(time.perf_counter(), token["meta_info"]["completion_tokens"]) async for token in tokens]
 
         async def others() -> None:
             if before:
@@ -173,13 +173,14 @@ def run_mode(mode: str) -> None:
         if lens is not None:
             fetch(rids, PROMPT + output - 1)
         in_hand = time.perf_counter() - began
-        steps = np.diff(arrived[SKIPPED:-1]) * 1e6
+        times, tokens = np.transpose([(at, number) for at, number in arrived if SKIPPED <= number < output])
+        steps = np.diff(times) / np.diff(tokens) * 1e6
         return {
             "mode": mode,
             "n": requests,
             "tokens/s": requests * output / took,
             "tokens/s, rows in hand": requests * output / in_hand,
-            "mean": float(np.mean(steps)),
+            "mean": float(np.ptp(times) / np.ptp(tokens) * 1e6),
             "median": float(np.median(steps)),
             "p99": float(np.percentile(steps, 99)),
         }
@@ -252,8 +253,8 @@ def show(name: str, unit: str, values: list[float], **more: Any) -> None:
     print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
-def run_beside(modes: list[str]) -> list[dict[str, Any]]:
-    """What the runs of these modes gave, whose engines stand side by side and take turns."""
+def run_beside(modes: list[str], failed: list[str]) -> list[dict[str, Any]]:
+    """What the runs of these modes gave, whose engines stand side by side and take turns; notes those that failed."""
     with ExitStack() as stack:
         engines = [stack.enter_context(started(__file__, mode)) for mode in modes]
         lines = [line for engine in engines for line in until_ready(engine)]
@@ -261,8 +262,10 @@ def run_beside(modes: list[str]) -> list[dict[str, Any]]:
             for engine in engines if run % 2 == 0 else reversed(engines):
                 ask(engine)
                 lines += until_ready(engine)
-        for engine in engines:
+        for mode, engine in zip(modes, engines, strict=True):
             print(until_end(engine), end="", file=sys.stderr, flush=True)
+            if engine.returncode:
+                failed.append(mode)
     return [json.loads(line[4:]) for line in lines if line.startswith("RUN ")]
 
 
@@ -275,11 +278,12 @@ def report(runs: list[dict[str, Any]]) -> None:
         of = {mode: [run for run in runs if run["mode"] == mode and run["n"] == n] for mode in modes}
         if not of.get("off"):
             continue
-        step = statistics.mean(run["mean"] for run in of["off"])
-        speed = statistics.mean(run["tokens/s"] for run in of["off"])
+        step = statistics.median(run["mean"] for run in of["off"])
+        speed = statistics.median(run["tokens/s"] for run in of["off"])
         show(f"{what}: decode step, off", "µs, mean of a run", [run["mean"] for run in of["off"]])
         show(f"{what}: throughput, off", "tokens/s", [run["tokens/s"] for run in of["off"]])
-        show(f"{what}: throughput, off : its mean", "throughput ratio", [run["tokens/s"] / speed for run in of["off"]])
+        ratios = [run["tokens/s"] / speed for run in of["off"]]
+        show(f"{what}: throughput, off : its median", "throughput ratio", ratios)
         for mode in of:
             if mode == "off" or not of[mode]:
                 continue
@@ -319,13 +323,16 @@ def main() -> None:
 
     print(f"# {torch.cuda.get_device_name()}, SGLang {sglang.__version__}, torch {torch.__version__}", flush=True)
     runs: list[dict[str, Any]] = []
+    failed: list[str] = []
     modes = os.environ.get("MODES", ";".join(ORDER)).split(";")
     for beside in modes:
         if beside != "timing":
-            runs += run_beside(beside.split("|"))
+            runs += run_beside(beside.split("|"), failed)
     report(runs)
     if "timing" in modes:
         report_timing()
+    if failed:
+        sys.exit(f"not all is there: {', '.join(failed)} failed, as the log above tells")
 
 
 if __name__ == "__main__":
