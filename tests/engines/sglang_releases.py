@@ -17,10 +17,10 @@ from sglang_sources import FOLDER
 HERE = Path(__file__).parent
 NEEDS = (
     "aiohttp", "apache-tvm-ffi", "compressed-tensors", "dill", "einops", "fastapi", "gguf", "loguru", "msgspec",
-    "openai", "orjson", "partial-json-parser", "pybase64", "sentencepiece", "setproctitle", "torchvision",
-    "transformers", "uvicorn", "uvloop", "xgrammar",
+    "openai", "orjson", "partial-json-parser", "pybase64", "python-multipart", "sentencepiece", "setproctitle",
+    "soundfile", "torchvision", "transformers", "uvicorn", "uvloop", "xgrammar",
 )  # fmt: skip
-"""What an engine imports: in versions that the release asks for, else in those of constraints.txt."""
+"""What an engine and a server import: in versions that the release asks for, else in those of constraints.txt."""
 OF_TRANSFORMERS = {"huggingface-hub", "tokenizers"}
 """What its versions have in versions of their own."""
 

@@ -134,6 +134,13 @@ def test_aborted_requests_end() -> None:
     assert "expert_lens.tap" in hooked(log)
 
 
+def test_a_server_that_only_the_environment_enables() -> None:
+    """Asked by HTTP, read by name, and killed before its rows are compared."""
+    found, _ = run("server", CPU, environment(NEWEST))
+    agrees(found, requests=40, ids=8900 * LAYERS * 8, layers=LAYERS, overlap=None)
+    assert (found["states"], found["of nobody"], found["publisher"]) == (["finished"], [], "host")
+
+
 def test_an_engine_that_was_not_enabled() -> None:
     found, log = run("off", CPU, environment(NEWEST))
     nothing_is_captured(found, log)
