@@ -27,12 +27,16 @@ def first(sources: Sources, *paths: str) -> str:
     return found
 
 
+def needs(sources: Sources, what: str, needed: set[str], found: set[str] | None) -> None:
+    lacking = needed - (found or set())
+    assert not lacking, f"SGLang {sources.version}: {what} has no {', '.join(sorted(lacking))}"
+
+
 def test_every_place_is_there(sources: Sources) -> None:
     for place in contract.PLACES:
         found = [path for path in place.paths if sources.parameters(path) is not None]
         assert found, f"SGLang {sources.version} has moved where {place.purpose}: none of {', '.join(place.paths)}"
-        lacking = set(place.parameters) - (sources.parameters(found[0]) or set())
-        assert not lacking, f"SGLang {sources.version}: {found[0]} has no parameter {', '.join(sorted(lacking))}"
+        needs(sources, f"what {found[0]} is called with", set(place.parameters), sources.parameters(found[0]))
 
 
 CAPTURERS = ("sglang.srt.state_capturer.routed_experts", "sglang.srt.layers.moe.routed_experts_capturer")
@@ -43,12 +47,13 @@ def test_the_capturer_is_called_as_ours_can_be(sources: Sources) -> None:
 
     captures = sources.calls("sglang.srt.layers.moe.topk", "capture")
     assert captures, f"in SGLang {sources.version} no layer calls the capturer"
-    ours = set(inspect.signature(Capturer.capture).parameters)
-    assert all(keywords <= ours for keywords in captures)
+    for keywords in captures:
+        needs(sources, "our capture, as it is called,", keywords, set(inspect.signature(Capturer.capture).parameters))
     ends = sources.calls("sglang.srt.model_executor.model_runner", "on_forward_end")
+    assert ends, f"in SGLang {sources.version} nobody tells the capturer of a forward's end"
     ours = set(inspect.signature(Capturer.on_forward_end).parameters)
-    assert ends
-    assert all(keywords <= ours for keywords in ends)
+    for keywords in ends:
+        needs(sources, "our on_forward_end, as it is called,", keywords, ours)
 
 
 MAPPINGS = {"topk_ids_logical_to_physical", "_mask_topk_ids_padded_region", "_biased_grouped_topk_postprocess"}
@@ -65,7 +70,7 @@ def test_ids_are_captured_before_they_are_mapped_to_physical_experts(sources: So
         if captured and mapped:
             found.append(function.name)
             assert max(captured) < min(mapped), f"in SGLang {sources.version} {function.name} captures mapped ids"
-    assert found
+    assert found, f"in SGLang {sources.version} ids are captured or mapped elsewhere than in one function"
 
 
 def test_its_own_capturer_takes_what_ours_hands_on(sources: Sources) -> None:
@@ -73,28 +78,29 @@ def test_its_own_capturer_takes_what_ours_hands_on(sources: Sources) -> None:
     name = "RoutedExpertsCapturer" if module == CAPTURERS[0] else "_RoutedExpertsCapturerReal"
     parameters = sources.parameters(f"{module}:{name}.capture")
     assert parameters is not None
-    assert len(parameters) == 3  # self, the layer, its ids
+    assert len(parameters) == 3, f"SGLang {sources.version}: {name}.capture takes more than the layer and its ids"
     base = "sglang.srt.state_capturer.base:BaseTopkCapturer" if module == CAPTURERS[0] else f"{module}:{name}"
     keywords = {"forward_batch", "can_run_graph", "cuda_graph_batch", "no_copy_to_cpu"}
-    assert keywords <= (sources.parameters(f"{base}.on_forward_end") or set())
+    needs(sources, f"{base}.on_forward_end", keywords, sources.parameters(f"{base}.on_forward_end"))
 
 
 def test_a_batch_says_whose_rows_it_holds(sources: Sources) -> None:
     info = "sglang.srt.model_executor.forward_batch_info"
     needed = {
         "forward_mode", "rids", "input_ids", "positions", "out_cache_loc", "seq_lens_cpu", "req_pool_indices",
-        "extend_prefix_lens_cpu", "extend_seq_lens_cpu", "global_num_tokens_cpu",
+        "extend_prefix_lens_cpu", "extend_seq_lens_cpu", "global_num_tokens_cpu", "batch_size", "spec_info",
     }  # fmt: skip
-    assert needed <= sources.fields(f"{info}:ForwardBatch")
-    assert {"DECODE", "EXTEND", "MIXED", "is_decode", "is_idle"} <= sources.fields(f"{info}:ForwardMode")
+    needs(sources, "ForwardBatch", needed, sources.fields(f"{info}:ForwardBatch"))
+    modes = {"DECODE", "EXTEND", "MIXED", "IDLE", "TARGET_VERIFY", "is_decode"}
+    needs(sources, "ForwardMode", modes, sources.fields(f"{info}:ForwardMode"))
 
 
 def test_a_request_says_when_it_ends(sources: Sources) -> None:
     batch = "sglang.srt.managers.schedule_batch"
-    needed = {"rid", "origin_input_ids", "output_ids", "output_ids_through_stop", "finished_reason", "finished"}
-    assert needed <= sources.fields(f"{batch}:Req")
-    assert sources.find(f"{batch}:FINISH_ABORT") is not None
-    assert {"reqs"} <= sources.fields(f"{batch}:ScheduleBatch")
+    needed = {"rid", "origin_input_ids", "output_ids", "output_ids_through_stop", "finished_reason"}
+    needs(sources, "Req", needed, sources.fields(f"{batch}:Req"))
+    assert sources.find(f"{batch}:FINISH_ABORT") is not None, f"SGLang {sources.version} tells no abort by FINISH_ABORT"
+    needs(sources, "ScheduleBatch", {"reqs"}, sources.fields(f"{batch}:ScheduleBatch"))
 
 
 def test_a_decode_graph_has_its_inputs_and_can_be_found(sources: Sources) -> None:
@@ -108,17 +114,18 @@ def test_a_decode_graph_has_its_inputs_and_can_be_found(sources: Sources) -> Non
         "sglang.srt.model_executor.runner_utils.buffers:DecodeInputBuffers",
         "sglang.srt.model_executor.cuda_graph_runner:DecodeInputBuffers",
     )
-    assert {"input_ids", "positions", "out_cache_loc"} <= sources.fields(buffers)
-    assert {"buffers", "capture_forward_mode"} <= sources.fields(runner)
+    needs(sources, buffers, {"input_ids", "positions", "out_cache_loc"}, sources.fields(buffers))
+    needs(sources, runner, {"buffers", "capture_forward_mode"}, sources.fields(runner))
     module, _, name = runner.partition(":")
     told = sources.text(module) + sources.text("sglang.srt.model_executor.runner.base_runner")
     assert "self.model_runner = " in told
     width = {"num_tokens_per_bs", "captured_req_width"}  # else a request is thought to have one row
     assert width & (sources.fields(runner) | {each for each in width if f"self.{each}" in sources.text(module)})
     method = "capture_one_shape" if name == "DecodeCudaGraphRunner" else "capture_one_batch_size"
-    calls = sources.calls(module, method)  # around it we take its size and the forward by their places
-    assert calls
-    assert not any({"size", "bs", "forward"} & keywords for keywords in calls)
+    function = sources.find(f"{runner}.{method}")
+    assert isinstance(function, ast.FunctionDef)
+    places = [argument.arg for argument in function.args.args]
+    assert places[1] in ("size", "bs"), f"SGLang {sources.version}: {method} takes {places[1]} first, and no size"
     if "DecodeCudaGraphRunner" in runner:
         backend = "sglang.srt.model_executor.runner_backend.full_cuda_graph_backend:FullCudaGraphBackend"
         assert {"_graphs", "capture_one", "replay"} <= sources.fields(backend)
@@ -151,14 +158,16 @@ def test_drafted_tokens_are_judged_where_we_listen(sources: Sources) -> None:
 def test_the_runner_says_what_the_model_is(sources: Sources) -> None:
     needed = {
         "is_draft_worker", "model_config", "server_args", "req_to_token_pool", "max_total_num_tokens", "page_size",
-        "max_running_requests", "device", "gpu_id", "model",
+        "max_running_requests", "device", "gpu_id", "model", "spec_algorithm",
     }  # fmt: skip
     runner = "sglang.srt.model_executor.model_runner"
     found = sources.fields(f"{runner}:ModelRunner")
     mixin = "sglang.srt.model_executor.model_runner_kv_cache_mixin"
     if sources.tree(mixin) is not None:
         found |= sources.fields(f"{mixin}:ModelRunnerKVCacheMixin")
-    assert needed <= found, f"SGLang {sources.version}: ModelRunner has no {', '.join(sorted(needed - found))}"
+    needs(sources, "ModelRunner", needed, found)
+    config = "sglang.srt.configs.model_config:ModelConfig"
+    needs(sources, config, {"hf_text_config", "model_path"}, sources.fields(config))
     for name in ("is_dp_attention_enabled", "get_local_dp_buffer_len", "is_dp_max_padding"):
         assert sources.find(f"sglang.srt.layers.dp_attention:{name}") is not None
     here = {"pp_size", "attn_tp_size", "attn_tp_rank", "attn_dp_size", "attn_dp_rank", "attn_cp_size"}
@@ -174,15 +183,18 @@ def test_the_runner_says_what_the_model_is(sources: Sources) -> None:
 
 def test_a_layer_says_how_many_experts_it_chooses(sources: Sources) -> None:
     fields = sources.fields("sglang.srt.layers.moe.topk:TopKConfig")
-    assert "top_k" in fields
-    assert fields & {"num_shared_topk_slots", "num_fused_shared_experts"}
-    assert "topk_config" in sources.fields("sglang.srt.layers.moe.topk:TopK")
+    needs(sources, "TopKConfig", {"top_k"}, fields)
+    shared = {"num_shared_topk_slots", "num_fused_shared_experts"}
+    assert fields & shared, f"SGLang {sources.version}: TopKConfig does not tell how many of them are shared experts"
+    needs(sources, "TopK", {"topk_config", "layer_id"}, sources.fields("sglang.srt.layers.moe.topk:TopK"))
 
 
 def test_what_else_is_asked_by_its_name(sources: Sources) -> None:
     assert "get_moe_a2a_backend" in sources.text("sglang.srt.layers.moe")
-    assert {"BEFORE", "AFTER", "AROUND"} <= sources.fields("sglang.srt.plugins.hook_registry:HookType")
-    assert "req_to_token" in sources.fields("sglang.srt.mem_cache.memory_pool:ReqToTokenPool")
+    kinds = sources.fields("sglang.srt.plugins.hook_registry:HookType")
+    needs(sources, "HookType", {"BEFORE", "AFTER", "AROUND"}, kinds)
+    pool = sources.fields("sglang.srt.mem_cache.memory_pool:ReqToTokenPool")
+    needs(sources, "ReqToTokenPool", {"req_to_token"}, pool)
     assert sources.tree("sglang.srt.managers.scheduler") is not None  # by which a scheduler's process is known
     health_check = re.search(r'HEALTH_CHECK_RID_PREFIX = "(\w+)"', sources.text("sglang.srt.constants"))
     assert health_check is not None
