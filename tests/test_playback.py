@@ -116,6 +116,9 @@ def test_it_goes_at_its_own_pace_and_can_be_closed_at_any_time(tmp_path: Path, r
     assert lens.name not in expert_lens.captures()
     assert lens.tokens_seen() == 6
     lens.close()
+    with expert_lens.open_trace(tmp_path / "slow", speed=1e5) as fast:  # an hour takes 36 ms
+        wait_for_end(fast)
+        assert fast.tokens_seen() == len(part)
 
 
 def test_requests_of_one_id_from_several_runs_are_kept_apart(tmp_path: Path) -> None:
