@@ -299,9 +299,13 @@ def test_a_layer_that_chooses_twice_in_a_graph_ends_the_capture_by_its_number(
     assert isinstance(engine.tap.error, EngineHookError)
 
 
-def test_a_layer_that_hands_over_nothing_ends_the_capture_by_its_number(engine: Engine) -> None:
-    with pytest.warns(RuntimeWarning, match=r"layers \(2,\) gave no experts"):
-        result = engine.forward(engine.batch("EXTEND", ["a"], [0], [2]), engine.experts(2), [1, 5])
+@pytest.mark.parametrize(("handed_over", "silent"), [([1, 5], 2), ([2, 5], 1)])
+def test_a_layer_that_hands_over_nothing_ends_the_capture_by_its_number(
+    engine: Engine, handed_over: list[int], silent: int
+) -> None:
+    engine.forward(engine.batch("EXTEND", ["z"], [0], [2]), engine.experts(2))  # one of its mode that was all there
+    with pytest.warns(RuntimeWarning, match=rf"layers \({silent},\) (gave|handed over) no experts"):
+        result = engine.forward(engine.batch("EXTEND", ["a"], [0], [2]), engine.experts(2), handed_over)
     assert result == "as it was"
     assert engine.collector.failure is not None
     assert engine.forward(engine.batch("EXTEND", ["b"], [0], [2]), engine.experts(2)) == "as it was"
@@ -351,14 +355,20 @@ def test_drafted_tokens_that_nobody_judges_count_as_dropped(engine: Engine) -> N
     assert engine.collector.stats()["tokens"] == 2
 
 
-def test_sequences_without_names_count_as_dropped(engine: Engine) -> None:
+def test_sequences_without_names_count_as_dropped(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     """Those of a beam search, behind the one that has the request's name; and forwards of modes that are not known."""
-    engine.forward(engine.batch("DECODE", ["a"], [2], [1], batch_size=3, pad=2), engine.experts(3))
-    engine.forward(engine.batch("SPLIT_PREFILL", ["a"], [2], [2]), engine.experts(2))
+    for _ in range(2):
+        engine.forward(engine.batch("DECODE", ["a"], [2], [1], batch_size=3, pad=2), engine.experts(3))
+        engine.forward(engine.batch("SPLIT_PREFILL", ["a"], [2], [2]), engine.experts(2))
+    said = [record.getMessage().partition(" of forwards ")[2] for record in caplog.records]
+    assert said == [
+        "of sequences that are no requests by name, as in a beam search.",
+        "in mode SPLIT_PREFILL, which it does not know.",
+    ]
     engine.forward(engine.batch("IDLE", [], [], []), None)
     assert engine.rows("a") is None
     stats = engine.collector.stats()
-    assert (stats["tokens"], stats["dropped_tokens"]) == (0, 5)
+    assert (stats["tokens"], stats["dropped_tokens"]) == (0, 10)
     assert engine.tap.error is None
 
 

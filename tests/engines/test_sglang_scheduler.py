@@ -76,6 +76,32 @@ def test_older_releases_return_the_graph(hooks: Any) -> None:
     assert ("follow", "graph") in hooks._capturer.noted
 
 
+def test_arguments_by_name_are_found_too(hooks: Any) -> None:
+    def capture(_: Any, stream: int, *, forward: Any, bs: int = 0) -> Any:
+        return "graph", stream, forward, bs
+
+    runner = SimpleNamespace(model_runner=hooks._runner)
+    result = hooks.around_decode_capture(capture, runner, forward="the model's", stream=7)
+    assert result == ("graph", 7, "ours", 0)
+
+
+@pytest.mark.parametrize(("wrong", "error"), [(None, "not subscriptable"), ((1, 2), "tuple index out of range")])
+def test_what_is_not_as_known_is_no_error_of_the_engine(hooks: Any, wrong: Any, error: str) -> None:
+    failed: list[str] = []
+    hooks._capturer.tap.guard = lambda work, *args: _noted(failed, work, *args)
+    hooks.after_verify(wrong)
+    hooks.after_prompts(None, object())
+    assert error in failed[0]
+    assert "no attribute 'reqs'" in failed[1]
+
+
+def _noted(failed: list[str], work: Any, *args: Any) -> None:
+    try:
+        work(*args)
+    except Exception as problem:
+        failed.append(str(problem))
+
+
 def test_graphs_of_a_draft_model_are_left_alone(hooks: Any) -> None:
     runner = SimpleNamespace(model_runner=object())
     assert hooks.around_decode_capture(lambda _, size, forward: (size, forward), runner, 2, "theirs") == (2, "theirs")
@@ -149,6 +175,14 @@ def test_a_release_that_has_moved_the_places_is_told_by_name_and_serving_goes_on
     )
     assert contract.RELEASES in said
     assert "a decode step is captured in a CUDA graph: no sglang.srt.model_executor.runner" in said
+
+
+@pytest.mark.parametrize(
+    ("version", "known"),
+    [("0.5.11", True), ("0.5.23", True), ("0.5.15.post1", True), ("0.5.10", False), ("0.5.24", False), ("0.6", False)],
+)
+def test_a_release_that_nobody_has_looked_into_is_told_to_be_one(version: str, known: bool) -> None:
+    assert contract.knows(version) is known
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,8 @@ def find_capture(engine: Any, directory: str | None) -> str:
             f"{contract.RELEASES}. Missing: {'; '.join(problems)}."
         )
     raise CaptureNotFoundError(
-        "the engine's schedulers publish no capture. Their log says why, in a line that begins with 'expert_lens'; was "
-        "expert_lens.enable() called before the engine was started?"
+        "the engine's schedulers publish no capture. Their log says why, in a line with 'expert_lens'; without one, "
+        "expert_lens.enable() was called too late, or SGLANG_PLUGINS is set and does not name expert_lens."
     )
 
 

@@ -74,8 +74,8 @@ class Capturer:
         """Of another graph that is just being captured."""
         self._serves = False
         """Whether the first prompt has come."""
-        self._has_warned = False
-        """Of forwards whose rows cannot be told apart."""
+        self._said: set[str] = set()
+        """Why rows of some forwards are lost, as the log has it."""
 
     # ---- what SGLang calls ----
 
@@ -257,7 +257,7 @@ class Capturer:
         if not self.tap.active:
             return None
         if not _is_told(batch):
-            self.tap.lose(batch.batch_size)
+            self._lose(batch, UNTOLD)
             return None
         spans = self.requests.decode(batch)
         return ReplayRows(spans, len(spans))
@@ -276,18 +276,26 @@ class Capturer:
         mode = batch.forward_mode.name
         if mode == "IDLE" or not batch.batch_size:
             return
-        if mode not in ("DECODE", "EXTEND", "MIXED", "TARGET_VERIFY") or not _is_told(batch):
-            self.tap.lose(batch.out_cache_loc.shape[0])
+        if mode not in ("DECODE", "EXTEND", "MIXED", "TARGET_VERIFY"):
+            self._lose(batch, f"in mode {mode}, which it does not know")
+            return
+        if not _is_told(batch):
+            self._lose(batch, UNTOLD)
             return
         if step is None and self._layout.attn_dp_size > 1 and mode not in self._static.cut_modes:
             if not in_graph:
                 raise silence(self.tap.layers, f"a forward in mode {mode} that ran in no graph")
-            self._lose_mixed(batch)
+            self._lose(
+                batch,
+                f"in mode {mode} that ran in compiled code, or in a graph of ranks with unlike rows, where the rows of "
+                f"{self._layout.attn_dp_size} data-parallel ranks cannot be told apart. Start without graphs of "
+                "prefill, and without --enable-torch-compile",
+            )
             return
         if mode == "TARGET_VERIFY":
             num_rows = len(batch.rids) * int(batch.spec_info.draft_token_num)
-            if len(batch.positions) < num_rows:  # requests have fewer drafted tokens than others, or none
-                self.tap.lose(batch.out_cache_loc.shape[0])
+            if len(batch.positions) < num_rows:
+                self._lose(batch, "over drafted tokens, of which some requests have fewer than others, or none")
                 return
             experts, positions = self._experts(batch, step, num_rows)
             self._drafted = _Drafted(batch, experts, positions, batch.out_cache_loc[:num_rows])
@@ -299,17 +307,11 @@ class Capturer:
         experts, positions = self._experts(batch, step, num_rows)
         self._publish_rows(experts, spans, positions, batch.input_ids[:num_rows], batch.out_cache_loc[:num_rows])
 
-    def _lose_mixed(self, batch: Any) -> None:
-        """Count the rows of a forward that nobody can tell from other data-parallel ranks' as dropped."""
-        if not self._has_warned:
-            self._has_warned = True
-            log.warning(
-                "expert_lens: a forward in mode %s ran in compiled code, or in a graph of ranks with unlike rows, "
-                "where the rows of %d data-parallel ranks cannot be told apart; such forwards count as dropped. Start "
-                "without graphs of prefill, and without --enable-torch-compile.",
-                batch.forward_mode.name,
-                self._layout.attn_dp_size,
-            )
+    def _lose(self, batch: Any, which: str) -> None:
+        """Count the rows of such a forward as dropped, and say so once."""
+        if which not in self._said:
+            self._said.add(which)
+            log.warning("expert_lens: these rows count as dropped: of forwards %s.", which)
         self.tap.lose(batch.out_cache_loc.shape[0])
 
     def _publish_rows(
@@ -326,8 +328,10 @@ class Capturer:
     def _experts(self, batch: Any, step: Step | None, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed experts [n, L, K] and positions [n] of this process's rows of the forward that has just run."""
         positions = batch.positions[:num_rows]
-        first = None if step is None else step.experts[0]
-        if step is not None and first is not None:
+        if step is not None:
+            first = step.experts[0]
+            if first is None:
+                raise silence(self.tap.silent_layers(step), f"a forward in mode {batch.forward_mode.name}")
             begin = eager_rows(len(first), len(batch.input_ids), batch.global_num_tokens_cpu, self._layout)
             experts, _ = self.tap.pack(step, len(first))
             experts = experts[begin : begin + num_rows]
@@ -358,8 +362,11 @@ class Capturer:
         self.tap.publish_prefix([span for _, span in found], joined.to(torch.int32))
 
 
+UNTOLD = "of sequences that are no requests by name, as in a beam search"
+
+
 def _is_told(batch: Any) -> bool:
-    """Whether each sequence of the batch is a request by name; those of a beam search are not."""
+    """Whether each sequence of the batch is a request by name."""
     return bool(batch.rids) and len(batch.rids) == batch.batch_size
 
 

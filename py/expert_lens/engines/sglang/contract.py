@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +15,19 @@ __all__ = [
     "CAPTURER",
     "DECODE_CAPTURE",
     "INIT",
+    "NEWEST",
     "PLACES",
     "PROMPTS",
     "RELEASE",
     "RELEASES",
     "VERIFY",
     "Place",
+    "knows",
     "problems",
 ]
 
-RELEASES = "0.5.11 to 0.5.23"
+OLDEST, NEWEST = "0.5.11", "0.5.23"
+RELEASES = f"{OLDEST} to {NEWEST}"
 """Releases that the places were looked up in; the tests look into the oldest, the newest and one between."""
 
 
@@ -42,10 +46,10 @@ class Place:
         """The path that this release has, with those parameters; None if it has none."""
         for path in self.paths:
             try:
-                function = _resolve(path)
-            except (ImportError, AttributeError):
+                there = set(inspect.signature(_resolve(path)).parameters)
+            except Exception:  # what a module of SGLang raises that cannot be imported here may be anything
                 continue
-            if set(self.parameters) <= set(inspect.signature(function).parameters):
+            if set(self.parameters) <= there:
                 return path
         return None
 
@@ -115,6 +119,15 @@ PLACES = (
     Place("a routed layer says which it is", ("sglang.srt.layers.moe.topk:TopK.__init__",), ("layer_id",)),
     Place("a hook is registered", ("sglang.srt.plugins.hook_registry:HookRegistry.register",), ("target", "hook")),
 )
+
+
+def knows(version: str) -> bool:
+    """Whether the places were looked up in that release, or in one before and one behind it."""
+
+    def numbers(release: str) -> list[int]:
+        return [int(number) for number in re.findall(r"\d+", release)[:3]]
+
+    return numbers(OLDEST) <= numbers(version) <= numbers(NEWEST)
 
 
 def problems() -> list[str]:

@@ -27,11 +27,11 @@ def register() -> None:
         return
     if "sglang.srt.managers.scheduler" not in sys.modules:
         return
+    import sglang
+
     from expert_lens.engines.sglang import contract
 
     if problems := contract.problems():
-        import sglang
-
         log.error(
             "expert_lens captures nothing: SGLang %s has moved what it holds on to. It knows releases %s. Missing: %s",
             sglang.__version__,
@@ -39,6 +39,12 @@ def register() -> None:
             "; ".join(problems),
         )
         return
+    if not contract.knows(sglang.__version__):
+        log.warning(
+            "expert_lens knows SGLang %s, and this is %s: what it holds on to is there, but nobody has tried it.",
+            contract.RELEASES,
+            sglang.__version__,
+        )
     from expert_lens.engines.sglang.scheduler import SchedulerHooks
 
     SchedulerHooks(options).register()

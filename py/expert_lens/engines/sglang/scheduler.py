@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import os
 from collections.abc import Callable
@@ -69,9 +70,10 @@ class SchedulerHooks:
         if rank is None:
             return
         if not facts["layers"]:
+            here = f"stage {layout.pp_rank} of {facts['model']}" if layout.pp_size > 1 else facts["model"]
             raise NotMoEError(
-                f"{facts['model']} has no layer that chooses experts by SGLang's TopK: it is dense, or routes in a way "
-                "of its own, which expert_lens does not know yet"
+                f"{here} has no layer that chooses experts by SGLang's TopK: it is dense, or routes in a way of its "
+                "own, which expert_lens does not know yet"
             )
         options = dict(self._options)
         name = options.pop("name") or f"sglang-{os.getppid()}"
@@ -98,23 +100,18 @@ class SchedulerHooks:
 
     def after_prompts(self, _: Any, batch: Any) -> None:
         """Prompts, or parts of them, were put together."""
-        if self._capturer is not None:
-            self._capturer.tap.guard(self._capturer.requests.admit, batch.reqs)
+        if (capturer := self._capturer) is not None:
+            capturer.tap.guard(lambda: capturer.requests.admit(batch.reqs))
 
-    def around_decode_capture(
-        self,
-        capture: Callable[..., Any],
-        graph_runner: Any,
-        size: int,
-        forward: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """A decode graph of so many requests is captured."""
+    def around_decode_capture(self, capture: Callable[..., Any], graph_runner: Any, *args: Any, **kwargs: Any) -> Any:
+        """A decode graph is captured; of how many requests is the first of the arguments, one is the `forward`."""
         if self._capturer is None or graph_runner.model_runner is not self._runner:
-            return capture(graph_runner, size, forward, *args, **kwargs)
-        with self._capturer.capturing(graph_runner, size, forward) as forward:
-            result = capture(graph_runner, size, forward, *args, **kwargs)
+            return capture(graph_runner, *args, **kwargs)
+        call = inspect.signature(capture).bind(graph_runner, *args, **kwargs)
+        _, size, *_ = call.arguments.values()
+        with self._capturer.capturing(graph_runner, size, call.arguments["forward"]) as forward:
+            call.arguments["forward"] = forward
+            result = capture(*call.args, **call.kwargs)
             self._capturer.tap.guard(self._follow, graph_runner, result)
         return result
 
@@ -126,8 +123,8 @@ class SchedulerHooks:
 
     def after_verify(self, result: Any, *_: Any, **__: Any) -> None:
         """The target model has judged drafted tokens: what was predicted, how many and which of them it accepts."""
-        if self._capturer is not None:
-            self._capturer.tap.guard(self._capturer.accept, result[2])
+        if (capturer := self._capturer) is not None:
+            capturer.tap.guard(lambda: capturer.accept(result[2]))
 
     def before_release(self, req: Any, *_: Any, **__: Any) -> None:
         """A request gives its KV slots back."""
