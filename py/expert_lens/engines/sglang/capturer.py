@@ -41,6 +41,8 @@ __all__ = ["Capturer"]
 
 log = logging.getLogger(__name__)
 
+UNTOLD = "of sequences that are no requests by name, as in a beam search"
+
 
 class Capturer:
     """In place of the capturer `native`, which may be None; for the target model that `runner` runs.
@@ -257,7 +259,7 @@ class Capturer:
         if not self.tap.active:
             return None
         if not _is_told(batch):
-            self._lose(batch, UNTOLD)
+            self._lose(batch.batch_size, UNTOLD)
             return None
         spans = self.requests.decode(batch)
         return ReplayRows(spans, len(spans))
@@ -276,17 +278,18 @@ class Capturer:
         mode = batch.forward_mode.name
         if mode == "IDLE" or not batch.batch_size:
             return
+        num_slots = batch.out_cache_loc.shape[0]
         if mode not in ("DECODE", "EXTEND", "MIXED", "TARGET_VERIFY"):
-            self._lose(batch, f"in mode {mode}, which it does not know")
+            self._lose(num_slots, f"in mode {mode}, which it does not know")
             return
         if not _is_told(batch):
-            self._lose(batch, UNTOLD)
+            self._lose(num_slots, UNTOLD)
             return
         if step is None and self._layout.attn_dp_size > 1 and mode not in self._static.cut_modes:
             if not in_graph:
                 raise silence(self.tap.layers, f"a forward in mode {mode} that ran in no graph")
             self._lose(
-                batch,
+                num_slots,
                 f"in mode {mode} that ran in compiled code, or in a graph of ranks with unlike rows, where the rows of "
                 f"{self._layout.attn_dp_size} data-parallel ranks cannot be told apart. Start without graphs of "
                 "prefill, and without --enable-torch-compile",
@@ -295,7 +298,7 @@ class Capturer:
         if mode == "TARGET_VERIFY":
             num_rows = len(batch.rids) * int(batch.spec_info.draft_token_num)
             if len(batch.positions) < num_rows:
-                self._lose(batch, "over drafted tokens, of which some requests have fewer than others, or none")
+                self._lose(num_slots, "over drafted tokens, of which some requests have fewer than others, or none")
                 return
             experts, positions = self._experts(batch, step, num_rows)
             self._drafted = _Drafted(batch, experts, positions, batch.out_cache_loc[:num_rows])
@@ -307,12 +310,12 @@ class Capturer:
         experts, positions = self._experts(batch, step, num_rows)
         self._publish_rows(experts, spans, positions, batch.input_ids[:num_rows], batch.out_cache_loc[:num_rows])
 
-    def _lose(self, batch: Any, which: str) -> None:
+    def _lose(self, num_rows: int, which: str) -> None:
         """Count the rows of such a forward as dropped, and say so once."""
         if which not in self._said:
             self._said.add(which)
             log.warning("expert_lens: these rows count as dropped: of forwards %s.", which)
-        self.tap.lose(batch.out_cache_loc.shape[0])
+        self.tap.lose(num_rows)
 
     def _publish_rows(
         self,
@@ -360,9 +363,6 @@ class Capturer:
         slots = table[:, :longest].index_select(0, rows)
         joined = torch.cat([slots[i, : span[3]] for i, (_, span) in enumerate(found)])
         self.tap.publish_prefix([span for _, span in found], joined.to(torch.int32))
-
-
-UNTOLD = "of sequences that are no requests by name, as in a beam search"
 
 
 def _is_told(batch: Any) -> bool:
