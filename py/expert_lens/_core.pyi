@@ -13,6 +13,7 @@ from expert_lens.types import (
     EndState,
     ModelFacts,
     Phase,
+    Publisher,
     RequestColumns,
     RequestRows,
     RowBlock,
@@ -251,12 +252,7 @@ class Writer:
     @property
     def path(self) -> str: ...
     @property
-    def publisher(self) -> Literal["host", "graph", "graph and event", "stream", "event"]:
-        """What publishes: this process's stores; or once a device did, its CUDA graphs, its stream, an event of it.
-
-        "graph": the stream, behind what runs in no graph; "graph and event": an event, where the stream cannot.
-        """
-
+    def publisher(self) -> Publisher: ...
     @property
     def steps(self) -> int: ...
     @property

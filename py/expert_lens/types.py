@@ -12,6 +12,7 @@ __all__ = [
     "EndState",
     "ModelFacts",
     "Phase",
+    "Publisher",
     "RecordingStats",
     "RequestColumns",
     "RequestRows",
@@ -24,6 +25,10 @@ __all__ = [
 Phase = Literal["prefill", "decode"]
 RequestState = Literal["running", "finished", "aborted"]
 EndState = Literal["finished", "aborted"]
+Publisher = Literal["host", "graph", "graph and event", "stream", "event"]
+"""What publishes: the engine's own stores; or, once a CUDA device did, its CUDA graphs, and its stream behind what runs
+in none; or an event of the stream where that cannot store by itself.
+"""
 Span = tuple[int, str, int, int, int, Phase]
 """(request number, request id, first row, rows, prompt tokens, phase): whose rows a step holds.
 
@@ -114,9 +119,7 @@ class CollectorStats(TypedDict):
     """Records that contradicted themselves and were left out."""
     corrupt: str | None
     """What the last of those said."""
-    publisher: Literal["host", "graph", "graph and event", "stream", "event"]
-    """What publishes: the engine's own stores; or, once a CUDA device did, its CUDA graphs, and its stream behind what
-    runs in none; or an event of the stream where that cannot store by itself."""
+    publisher: Publisher
     lag_s: float
     """Seconds from the publishing of the newest record read until it was read; of the oldest unread one, if longer."""
     memory_bytes: int
