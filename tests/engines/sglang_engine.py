@@ -145,6 +145,11 @@ class Waves:
         self.accepted = 0
         self.rejected = 0
 
+    @property
+    def num_cached(self) -> int:
+        """Rows of all requests that are from the radix cache."""
+        return sum(self.cached.values())
+
     def new(self, length: int) -> list[int]:
         return [int(token) for token in self.rng.integers(10, self.shape.vocabulary, int(length))]
 
@@ -250,7 +255,7 @@ def totals(lens: Any, waves: Waves) -> dict[str, int]:
     counts = lens.counts().astype(np.int64)
     chosen = waves.chosen[:, : counts.shape[1]]
     more = (counts - chosen)[chosen.any(axis=1)]
-    computed = sum(map(len, waves.native.values())) - sum(waves.cached.values())
+    computed = sum(map(len, waves.native.values())) - waves.num_cached
     return {
         "uncounted": int(-more[more < 0].sum()),
         "overcounted": int(more[more > 0].sum()) // len(more) // waves.shape.top_k,
@@ -289,7 +294,7 @@ def check(options: dict[str, Any]) -> dict[str, Any]:
         getattr(waves, wave)()
     found: dict[str, Any] = {
         **compare(lens, waves.native),
-        "cached": sum(waves.cached.values()),
+        "cached": waves.num_cached,
         **{what: getattr(waves, what) for what in ("accepted", "rejected")},
         "arenas": len(lens._collector.arenas()),
         **told(lens),
@@ -375,7 +380,7 @@ def late(options: dict[str, Any]) -> dict[str, Any]:
             missing = []
         except MissingRowsError as error:
             missing = [int(position) for position in error.positions]
-        found = {**compare(lens, waves.native), "positions missing": missing, "cached": sum(waves.cached.values())}
+        found = {**compare(lens, waves.native), "positions missing": missing, "cached": waves.num_cached}
     engine.shutdown()
     return found
 
@@ -470,10 +475,9 @@ def abort(options: dict[str, Any]) -> dict[str, Any]:
 
     async def reach(tokens: dict[str, int]) -> None:
         while True:
-            seen = lens._collector.requests()
-            if all(
-                dict(zip(seen["request"], seen["tokens"], strict=True)).get(rid, 0) >= n for rid, n in tokens.items()
-            ):
+            requests = lens._collector.requests()
+            seen = dict(zip(requests["request"], requests["tokens"], strict=True))
+            if all(seen.get(rid, 0) >= number for rid, number in tokens.items()):
                 return
             await asyncio.sleep(0.001)
 

@@ -10,9 +10,10 @@ import re
 import pytest
 
 from expert_lens.engines.sglang import contract, layout, model, requests
+from expert_lens.engines.sglang.contract import OLDEST
 from sglang_sources import Sources, download
 
-OLDEST, BETWEEN = "0.5.11", "0.5.15"
+BETWEEN = "0.5.15"
 
 
 @pytest.fixture(scope="module", params=[OLDEST, BETWEEN, None], ids=[OLDEST, BETWEEN, "newest"])
@@ -122,6 +123,7 @@ def test_a_decode_graph_has_its_inputs_and_can_be_found(sources: Sources) -> Non
     width = {"num_tokens_per_bs", "captured_req_width"}  # else a request is thought to have one row
     assert width & (sources.fields(runner) | {each for each in width if f"self.{each}" in sources.text(module)})
     method = "capture_one_shape" if name == "DecodeCudaGraphRunner" else "capture_one_batch_size"
+    assert sources.calls(module, method), f"in SGLang {sources.version} nobody calls {method}"
     function = sources.find(f"{runner}.{method}")
     assert isinstance(function, ast.FunctionDef)
     places = [argument.arg for argument in function.args.args]

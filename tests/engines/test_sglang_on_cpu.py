@@ -1,6 +1,7 @@
 """Real SGLang engines of several releases, on the CPU: rows as SGLang's own capture has them, exactly.
 
-All that is not a CUDA graph, with overlap scheduling on. The same and more on GPUs: `tests/gpu/test_sglang.py`.
+All that is not a CUDA graph, with overlap scheduling on. The same and more on GPUs: `tests/gpu/test_sglang.py`. Whether
+what is held on to is in releases that are newer than the newest one here, `test_sglang_contract` sees.
 """
 
 import platform
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from expert_lens.engines.sglang.contract import NEWEST, OLDEST
 from sglang_releases import environment
 from sglang_runs import OTHER_MODELS, agrees, ended_as_asked, hooked, is_as_consumed, nothing_is_captured, run
 
@@ -33,8 +35,6 @@ CPU: dict[str, Any] = {
     "model_hidden_size": 128,
 }
 FEW = {**CPU, "wave": "few"}
-NEWEST = "0.5.23"
-"""When this was written; whether what is held on to is in a newer one, too, `test_sglang_contract` sees."""
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def runs_without_overlap(log: str) -> bool:
     return bool(said == "True")
 
 
-@pytest.mark.parametrize(("version", "model"), [("0.5.11", "OLMoE"), ("0.5.15", "Mixtral")])
+@pytest.mark.parametrize(("version", "model"), [(OLDEST, "OLMoE"), ("0.5.15", "Mixtral")])
 def test_older_releases_and_models_whose_layers_they_do_not_number(version: str, model: str) -> None:
     found, log = run("check", {**FEW, **OTHER_MODELS[model], "spy": "numbered"}, environment(version))
     check_few(found, top_k=OTHER_MODELS[model].get("model_num_experts_per_tok", 8))

@@ -5,6 +5,7 @@
 import logging
 import multiprocessing
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -77,18 +78,18 @@ def test_older_releases_return_the_graph(hooks: Any) -> None:
 
 
 def test_arguments_by_name_are_found_too(hooks: Any) -> None:
-    def capture(_: Any, stream: int, *, forward: Any, bs: int = 0) -> Any:
-        return "graph", stream, forward, bs
+    def capture(_: Any, size: int, *, forward: Any, label: Any = None) -> Any:
+        return "graph", size, forward, label
 
     runner = SimpleNamespace(model_runner=hooks._runner)
-    result = hooks.around_decode_capture(capture, runner, forward="the model's", stream=7)
-    assert result == ("graph", 7, "ours", 0)
+    assert hooks.around_decode_capture(capture, runner, forward="the model's", size=7) == ("graph", 7, "ours", None)
+    assert hooks._capturer.noted[0] == ("capturing", 7, "the model's")
 
 
 @pytest.mark.parametrize(("wrong", "error"), [(None, "not subscriptable"), ((1, 2), "tuple index out of range")])
 def test_what_is_not_as_known_is_no_error_of_the_engine(hooks: Any, wrong: Any, error: str) -> None:
     failed: list[str] = []
-    hooks._capturer.tap.guard = lambda work, *args: _noted(failed, work, *args)
+    hooks._capturer.tap.guard = partial(_noted, failed)
     hooks.after_verify(wrong)
     hooks.after_prompts(None, object())
     assert error in failed[0]

@@ -16,6 +16,7 @@ __all__ = [
     "DECODE_CAPTURE",
     "INIT",
     "NEWEST",
+    "OLDEST",
     "PLACES",
     "PROMPTS",
     "RELEASE",
