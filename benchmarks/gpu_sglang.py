@@ -138,7 +138,7 @@ def run_mode(mode: str) -> None:
         """When tokens of the last one arrived, and how many had by then: of those that had to wait several at once.
 
         The others are sent in one message, and the last one behind them: sent one by one, as many as happen to be
-        there get into the first forward, and a forward more is a quarter of a per cent of a run.
+        there get into the first forward, and a run with a forward more takes longer by what is looked for.
         """
         chosen = {"max_new_tokens": output, "ignore_eos": True, "temperature": 0.0}
         *before, last = ({"input_ids": prompt, "rid": rid} for prompt, rid in zip(prompts, rids, strict=True))

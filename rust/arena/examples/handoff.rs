@@ -126,9 +126,10 @@ fn cpu_s() -> f64 {
     time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
 }
 
-/// What the machine itself adds: how late a thread that only sleeps, as one does when a record is due, would see a record a period.
+/// What the machine itself adds: how late a thread that only sleeps, as a reader does when a record is due, would see a
+/// record a period.
 fn machine(period_us: u64, count: u64) {
-    let _exact = Waiter::new(Pace::PROMPT);
+    let _exact = Waiter::new(Pace::PROMPT); // for its short sleeps, which the kernel would stretch
     let (mut figures, began) = (Vec::new(), Instant::now());
     while figures.len() < count as usize {
         std::thread::sleep(Pace::PROMPT.active);
