@@ -189,6 +189,7 @@ def test_rows_of_several_gpus_are_those_of_sglangs_own_capture(way: str) -> None
     agrees(found, requests=159, ids=20_000_000 // stages, layers=48 // stages, overlap=stages == 1)
     assert found["control"] == 1
     assert prompts_ran_in_graphs(log) == ("cuda_graph_backend_prefill" in RANKS[way])
+    assert "count as dropped" not in log
     assert log.count("expert_lens publishes as capture") == found["arenas"] == RANKS[way].get("dp_size", 1) * stages
 
 

@@ -256,7 +256,7 @@ class Capturer:
         recorded.replay(launch, rows)
 
     def _rows_of_replay(self, batch: Any) -> ReplayRows | None:
-        if not self.tap.active:
+        if not self.tap.active or not batch.batch_size:  # a rank that is idle replays the others' graph
             return None
         if not _is_told(batch):
             self._lose(batch.batch_size, UNTOLD)
