@@ -42,17 +42,22 @@ impl Writer {
         self.publisher.as_deref_mut().ok_or_else(closed)
     }
 
-    /// Post the rows that are stated for the next replay of the mailbox's graph.
-    fn post(&mut self, py: Python<'_>, mailbox: &mut Mailbox) -> PyResult<bool> {
+    /// Do what may wait for room in the arena. The GIL is kept unless the writer does: to get it back could take longer than
+    /// a copy.
+    fn work<T: Send>(&mut self, py: Python<'_>, work: impl FnOnce(&mut Publisher) -> T + Send) -> PyResult<T> {
         let waits = self.waits;
         let publisher = self.open()?;
+        Ok(if waits { py.detach(|| work(publisher)) } else { work(publisher) })
+    }
+
+    /// Post the rows that are stated for the next replay of the mailbox's graph.
+    fn post(&mut self, py: Python<'_>, mailbox: &mut Mailbox) -> PyResult<bool> {
         let Mailbox { inner, rows } = mailbox;
         let rows = rows.as_ref().map(ReplayRows::as_graph_rows);
         let rows = rows.ok_or_else(|| PyValueError::new_err("no rows are stated; Mailbox.set_rows comes first"))?;
         // SAFETY: the stub asks the caller for kernels that write these sections for so many rows.
         #[expect(unsafe_code, reason = "the kernels are Python's")]
-        let mut publish = || unsafe { publisher.publish_graph(inner, &rows) };
-        let published = if waits { py.detach(publish) } else { publish() };
+        let published = self.work(py, |publisher| unsafe { publisher.publish_graph(inner, &rows) })?;
         Ok(published.map_err(to_python)?.dropped == 0)
     }
 }
@@ -180,7 +185,7 @@ impl Writer {
             kv_slots: kv_slots.as_ref().map(|array| contiguous("kv_slots", array)).transpose()?,
             weights: weights.map(bytemuck::cast_slice),
         };
-        // The GIL is kept unless the writer may wait: to get it back could take longer than the copy.
+        // As `work` does.
         let published = if waits { py.detach(|| publisher.publish(&rows)) } else { publisher.publish(&rows) };
         let published = published.map_err(to_python)?;
         self.positions.clear();
@@ -258,8 +263,6 @@ impl Writer {
         kv_slots: Option<u64>,
         weights: Option<u64>,
     ) -> PyResult<bool> {
-        let waits = self.waits;
-        let publisher = self.open()?;
         let column = |address| Source::Device(address, num_rows.saturating_mul(4));
         let positions = match &positions {
             Column::Host(array) => Source::Host(bytemuck::cast_slice(contiguous("positions", array)?)),
@@ -270,8 +273,7 @@ impl Writer {
         // SAFETY: the stub asks the caller for what the arena asks: device memory of these lengths, alive until the stream
         // has come so far, which torch's allocator gives for tensors of that very stream.
         #[expect(unsafe_code, reason = "Python can only give addresses")]
-        let mut publish = || unsafe { publisher.publish_device(&rows, device, stream) };
-        let published = if waits { py.detach(publish) } else { publish() };
+        let published = self.work(py, |publisher| unsafe { publisher.publish_device(&rows, device, stream) })?;
         Ok(published.map_err(to_python)?.dropped == 0)
     }
 
@@ -280,34 +282,34 @@ impl Writer {
         Ok(())
     }
 
-    fn drop_step(&mut self, num_rows: usize) -> PyResult<()> {
-        self.open()?.drop_step(num_rows);
+    fn drop_step(&mut self, py: Python<'_>, num_rows: usize) -> PyResult<()> {
+        self.work(py, |publisher| publisher.drop_step(num_rows))?;
         Ok(())
     }
 
     #[pyo3(signature = (spans, kv_slots, *, device=None, stream=0))]
     fn publish_prefix(
         &mut self,
+        py: Python<'_>,
         spans: Vec<PySpan>,
         kv_slots: Column<'_>,
         device: Option<i32>,
         stream: u64,
     ) -> PyResult<bool> {
-        let publisher = self.open()?;
         let spans = spans_of(spans)?;
         let rows = spans.last().map_or(0, |span| (span.first_row + span.rows) as usize);
         let published = match (&kv_slots, device) {
             (Column::Host(array), None) => {
                 let kv_slots = Source::Host(bytemuck::cast_slice(contiguous("kv_slots", array)?));
-                publisher.publish_prefix(&Prefix { spans: &spans, kv_slots })
+                self.work(py, |publisher| publisher.publish_prefix(&Prefix { spans: &spans, kv_slots }))?
             }
             (Column::Device(address), Some(device)) => {
                 let kv_slots = Source::Device(*address, rows.saturating_mul(4));
                 // SAFETY: as in `publish_device`.
                 #[expect(unsafe_code, reason = "Python can only give addresses")]
-                unsafe {
+                self.work(py, |publisher| unsafe {
                     publisher.publish_prefix_device(&Prefix { spans: &spans, kv_slots }, device, stream)
-                }
+                })?
             }
             _ => return Err(PyTypeError::new_err("kv_slots is an array, or with a device an address on it")),
         };
@@ -338,7 +340,14 @@ impl Writer {
     }
 
     #[pyo3(signature = (number, request, num_positions, state="finished"))]
-    fn finish(&mut self, number: u64, request: String, num_positions: u32, state: &str) -> PyResult<()> {
+    fn finish(
+        &mut self,
+        py: Python<'_>,
+        number: u64,
+        request: String,
+        num_positions: u32,
+        state: &str,
+    ) -> PyResult<()> {
         let outcome = match state {
             "finished" => Outcome::Finished,
             "aborted" => Outcome::Aborted,
@@ -346,7 +355,8 @@ impl Writer {
                 return Err(OptionError::new_err(format!("state is '{other}'; it is 'finished' or 'aborted'")));
             }
         };
-        self.open()?.finish(&End { number, request, num_positions, outcome }).map_err(to_python)
+        let end = End { number, request, num_positions, outcome };
+        self.work(py, |publisher| publisher.finish(&end))?.map_err(to_python)
     }
 
     fn close(slf: &Bound<'_, Self>) {
