@@ -1,10 +1,10 @@
 /* A driver of a device that lacks what LACKS says, in place of libcuda.so.1: for what no device at hand can be made to do.
  *
- * LACKS: numbers of device attributes, the name of a function that fails (or never says that an event has come),
- * "context", if that was reset before anything made in it is given back, or "same context", if another one was made
- * then. Compiled with OLD, it has no function that came with a later driver. The device's memory is the process's, but
- * for its first page; what a stream is given is done at once, and an event comes at the third query. When the process
- * ends, what is left is printed to stderr: the numbers of pinned mappings, retained contexts and events.
+ * LACKS: numbers of device attributes, the name of a function that fails (or never says that an event has come), or
+ * "another context", if one is made as soon as one was reset. Compiled with OLD, it has no function that came with a
+ * later driver. The device's memory is the process's, but for its first page; what a stream is given is done at once, and
+ * an event comes at the third query. When the process ends, what is left is printed to stderr: the numbers of pinned
+ * mappings, retained contexts and events, and how often an event of a context that was reset was asked for.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -16,7 +16,7 @@
 #define NOT_READY 600
 #define OF_NO_USE(name) int name(void) { return NOT_SUPPORTED; }
 
-static int pinned, retained, events;
+static int pinned, retained, events, resets, late;
 static uintptr_t streams = 0x1000;
 
 static int lacks(const char *what) {
@@ -24,7 +24,9 @@ static int lacks(const char *what) {
     return list && strstr(list, what) != NULL;
 }
 
-__attribute__((destructor)) static void tell(void) { fprintf(stderr, "left: %d pinned, %d retained, %d events\n", pinned, retained, events); }
+__attribute__((destructor)) static void tell(void) { fprintf(stderr, "left: %d pinned, %d retained, %d events, %d late\n", pinned, retained, events, late); }
+
+int reset(void) { return ++resets; } /* for the tests */
 
 int cuInit(unsigned flags) { return (int)flags; }
 int cuGetErrorName(int status, const char **name) {
@@ -40,7 +42,7 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
 }
 int cuDevicePrimaryCtxRetain(void **context, int device) { *context = &retained; retained++; return device; }
 int cuDevicePrimaryCtxRelease_v2(int device) { retained--; return device; }
-int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = retained > 0 && (!lacks("context") || lacks("same context")); return device; }
+int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = retained > 0 && (!resets || lacks("another context")); return device; }
 int cuCtxGetCurrent(void **context) { *context = NULL; return 0; }
 int cuCtxPushCurrent_v2(void *context) { return context != &retained; }
 int cuCtxPopCurrent_v2(void **context) { *context = &retained; return 0; }
@@ -63,8 +65,7 @@ int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *stream) {
 }
 #ifndef OLD
 int cuCtxGetId(void *context, uint64_t *id) {
-    static uint64_t made;
-    *id = lacks("same context") ? made++ : 0;
+    *id = (uint64_t)resets;
     return context != &retained;
 }
 int cuStreamWriteValue64_v2(void *stream, uint64_t at, uint64_t value, unsigned flags) {
@@ -77,7 +78,7 @@ int cuStreamWriteValue64_v2(void *stream, uint64_t at, uint64_t value, unsigned 
 int cuStreamCreate(void **made, unsigned flags) { *made = (void *)++streams; return flags != 1; }
 int cuEventCreate(void **made, unsigned flags) { *made = calloc(1, sizeof(int)); events++; return flags != 2; }
 int cuEventRecord(void *event, void *stream) { *(int *)event = 3; return stream != NULL; }
-int cuEventQuery(void *event) { return --*(int *)event <= 0 && !lacks("cuEventQuery") ? 0 : NOT_READY; }
+int cuEventQuery(void *event) { late += resets > 0; return --*(int *)event <= 0 && !lacks("cuEventQuery") ? 0 : NOT_READY; }
 int cuEventDestroy_v2(void *event) { free(event); events--; return 0; }
 int cuThreadExchangeStreamCaptureMode(unsigned *mode) { return *mode > 2; }
 

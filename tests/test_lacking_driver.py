@@ -15,6 +15,7 @@ import pytest
 
 SOURCE = Path(__file__).parent / "lacking_driver.c"
 PUBLISH = """
+import ctypes
 import time
 import numpy as np
 from expert_lens._core import Collector, Writer
@@ -37,6 +38,8 @@ except CudaError as error:
     print(error)
 assert collector.stats()["publisher"] == writer.publisher
 print(writer.publisher)
+if RESET:
+    ctypes.CDLL("libcuda.so.1").reset()
 began = time.monotonic()
 writer.close()
 assert time.monotonic() - began < 3
@@ -55,18 +58,61 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 STREAMS = """
+import ctypes
 from expert_lens._core import Writer
+
+def stream_of(writer):
+    found = writer.stream(0)
+    if RESET:
+        ctypes.CDLL("libcuda.so.1").reset()
+    return found
 
 facts = {"layers": [0], "num_experts": 4, "top_k": 1}
 first, beside = Writer("first", **facts), Writer("beside", **facts)
-streams = [first.stream(0), first.stream(0), beside.stream(0)]
+streams = [stream_of(first), stream_of(first), stream_of(beside)]
 first.close()
-streams.append(beside.stream(0))
+streams.append(stream_of(beside))
 beside.close()
 behind = Writer("behind", **facts)
-streams.append(behind.stream(0))
+streams.append(stream_of(behind))
 behind.close()
 print(streams)
+"""
+
+
+RESET_ON_ITS_WAY = """
+import ctypes
+import time
+import numpy as np
+from expert_lens._core import Writer
+
+writer = Writer("reset", layers=[0], num_experts=4, top_k=1)
+writer.set_batch([(1, "a", 0, 1, 1, "prefill")])
+expert = np.zeros((1, 1, 1), np.uint8)
+writer.publish_device(expert.ctypes.data, 1, np.zeros(1, np.uint32), device=0, stream=0)
+time.sleep(0.01)
+ctypes.CDLL("libcuda.so.1").reset()
+time.sleep(0.1)
+writer.close()
+"""
+
+
+VOID_BEHIND_A_STREAM_THAT_HANGS = """
+import ctypes
+import numpy as np
+from expert_lens._core import Collector, Writer
+
+writer = Writer("void", layers=[0], num_experts=4, top_k=1)
+collector = Collector("void")
+writer.set_batch([(1, "a", 0, 1, 1, "prefill")])
+mailbox = writer.mailbox(0, [], entries=2)
+mailbox.set_rows(1, token_ids=False, positions=np.zeros(1, np.uint32), kv_slots=False)
+assert writer.publish_graph(mailbox)
+*_, sequence, value, _, _, _ = (ctypes.c_uint64 * 8).from_address(mailbox.entries + 64)
+writer.void(0, 0, 0)
+ctypes.c_uint64.from_address(sequence).value = value  # the replay ran all the same
+assert collector.sync(10.0)
+writer.close()
 """
 
 
@@ -147,12 +193,20 @@ def run(libraries: Path, lacks: str, code: str) -> Any:
     return done
 
 
-def publish(libraries: Path, lacks: str, *, refused: bool = False, left: str = "0 pinned, 0 retained, 0 events") -> Any:
+def publish(
+    libraries: Path,
+    lacks: str,
+    *,
+    refused: bool = False,
+    reset: bool = False,
+    left: str = "0 pinned, 0 retained, 0 events, 0 late",
+) -> Any:
     """The publisher of a process with a device that lacks this, and the error that it got.
 
-    `refused`: whether its last record is one that the driver refuses. `left`: what there is of it when it ends.
+    `refused`: whether its last record is one that the driver refuses. `reset`: whether its context is reset before it
+    closes. `left`: what there is of it when it ends.
     """
-    done = run(libraries, lacks, f"REFUSED = {refused}\n{PUBLISH}")
+    done = run(libraries, lacks, f"REFUSED, RESET = {refused}, {reset}\n{PUBLISH}")
     assert re.search(f"left: {left}$", done.stderr, re.MULTILINE), done.stderr
     said, _, publisher = done.stdout.strip().rpartition("\n")
     return publisher, said
@@ -198,10 +252,23 @@ def test_a_record_that_is_refused_keeps_nobody_from_closing(libraries: Path, lac
     assert said == "cuMemcpyDtoHAsync failed: CUDA_ERROR_NOT_SUPPORTED"
 
 
-@pytest.mark.parametrize("lacks", ["context", "same context"])
+@pytest.mark.parametrize("lacks", ["", "another context"])
 def test_of_a_context_that_was_reset_nothing_is_given_back(libraries: Path, lacks: str) -> None:
     """What was pinned and made in it is gone; to name it once more would name something else, in the next one."""
-    assert publish(libraries, f"122 {lacks}", left="1 pinned, 0 retained, [1-3] events") == ("event", "")
+    left = "1 pinned, 0 retained, [1-3] events, 0 late"
+    assert publish(libraries, f"122 {lacks}", reset=True, left=left) == ("event", "")
+
+
+@pytest.mark.parametrize("lacks", ["", "another context"])
+def test_an_event_of_a_context_that_was_reset_is_asked_for_no_more(libraries: Path, lacks: str) -> None:
+    done = run(libraries, f"122 cuEventQuery {lacks}", RESET_ON_ITS_WAY)
+    assert re.search("left: 1 pinned, [01] retained, 1 events, [01] late$", done.stderr, re.MULTILINE), done.stderr
+
+
+def test_closing_waits_not_for_ever_for_a_stream_behind_which_a_record_was_made_void(libraries: Path) -> None:
+    """What may still be written to stays as it is."""
+    done = run(libraries, "cuEventQuery", VOID_BEHIND_A_STREAM_THAT_HANGS)
+    assert "left: 1 pinned" in done.stderr
 
 
 def test_a_writer_that_is_dropped_waits_for_its_device_and_keeps_no_other_thread_waiting(libraries: Path) -> None:
@@ -210,13 +277,13 @@ def test_a_writer_that_is_dropped_waits_for_its_device_and_keeps_no_other_thread
 
 def test_a_stream_and_its_context_outlive_who_asked_for_it(libraries: Path) -> None:
     """One for all writers on a device; when all of them are closed, its context is retained once, by the stream."""
-    done = run(libraries, "", STREAMS)
+    done = run(libraries, "", f"RESET = False\n{STREAMS}")
     streams = json.loads(done.stdout)
     assert streams == [streams[0]] * 5
-    assert re.search("left: 0 pinned, 1 retained, 0 events$", done.stderr, re.MULTILINE)
+    assert re.search("left: 0 pinned, 1 retained, 0 events, 0 late$", done.stderr, re.MULTILINE)
 
 
-@pytest.mark.parametrize("lacks", ["context", "same context"])
+@pytest.mark.parametrize("lacks", ["", "another context"])
 def test_a_stream_of_a_context_that_was_reset_is_not_given_out_again(libraries: Path, lacks: str) -> None:
-    streams = json.loads(run(libraries, lacks, STREAMS).stdout)
+    streams = json.loads(run(libraries, lacks, f"RESET = True\n{STREAMS}").stdout)
     assert streams == [streams[0] + made for made in range(5)]

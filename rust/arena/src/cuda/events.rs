@@ -5,7 +5,8 @@ use super::driver::{Context, Driver, Handle, RELAXED, Status};
 use crate::error::{Error, Result};
 use crate::memory::{Mapped, Memory};
 use std::ffi::c_uint;
-use std::sync::atomic::Ordering::Release;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -36,13 +37,17 @@ impl Event {
 
     /// Let it come when `stream` has done what it was given so far.
     pub fn record(&self, stream: Handle) -> Result<()> {
-        // SAFETY: the event lives until it is dropped; the stream is the caller's, of the same context.
+        // SAFETY: the event lives as long as its context, until it is dropped; the stream is the caller's, of that context,
+        // which is current.
         self.driver.check("cuEventRecord", unsafe { (self.driver.event_record)(self.handle as Handle, stream) })
     }
 
-    /// Whether it has come; None if the driver will not say, as of a broken context.
+    /// Whether it has come; None if the driver will not say, as of a context that is broken or was reset.
     pub fn has_come(&self) -> Option<bool> {
-        // SAFETY: the event lives until it is dropped.
+        if !self.driver.lives(self.context) {
+            return None;
+        }
+        // SAFETY: the event lives as long as its context, until it is dropped.
         match unsafe { (self.driver.event_query)(self.handle as Handle) } {
             0 => Some(true),
             NOT_READY => Some(false),
@@ -88,6 +93,8 @@ impl Awaited {
 pub(super) struct Watcher {
     driver: &'static Driver,
     awaited: Option<Sender<Awaited>>,
+    /// How many events have not come yet.
+    waiting: Arc<AtomicUsize>,
     /// Reached through `&mut` only; the mutex lets the watcher be shared.
     spent: Mutex<Receiver<Event>>,
     thread: Option<JoinHandle<()>>,
@@ -97,6 +104,8 @@ impl Watcher {
     pub fn start(driver: &'static Driver, memory: Arc<Mapped>) -> Result<Self> {
         let (awaited, to_watch) = channel::<Awaited>();
         let (give_back, spent) = channel();
+        let waiting = Arc::new(AtomicUsize::new(0));
+        let still_waiting = Arc::clone(&waiting);
         let watch = move || {
             let mut mode = RELAXED;
             // SAFETY: sets this thread's own mode: its queries must not end another thread's capture.
@@ -111,13 +120,20 @@ impl Watcher {
                     }
                 }
                 let _ = give_back.send(record.event);
+                still_waiting.fetch_sub(1, Release);
             }
         };
         let thread = std::thread::Builder::new()
             .name("expert-lens-events".into())
             .spawn(watch)
             .map_err(|e| Error::io("start a thread for", std::path::Path::new("events"), e))?;
-        Ok(Self { driver, awaited: Some(awaited), spent: Mutex::new(spent), thread: Some(thread) })
+        Ok(Self { driver, awaited: Some(awaited), waiting, spent: Mutex::new(spent), thread: Some(thread) })
+    }
+
+    /// Whether all events have come, so that to drop it waits for nothing; None if the driver would not say of one.
+    pub fn is_done(&self) -> Option<bool> {
+        let runs = self.thread.as_ref().is_some_and(|thread| !thread.is_finished());
+        runs.then(|| self.waiting.load(Acquire) == 0)
     }
 
     /// Store `value` at word `at` once `stream`, of that context, which is current, has come so far; with `instead_of`, only
@@ -137,6 +153,7 @@ impl Watcher {
         };
         event.record(stream)?;
         let record = Awaited { event, at, value, instead_of };
+        self.waiting.fetch_add(1, Release);
         let sent = self.awaited.as_ref().map(|awaited| awaited.send(record));
         match sent {
             Some(Ok(())) => Ok(()),

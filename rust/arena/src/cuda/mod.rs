@@ -293,14 +293,15 @@ impl Pinned {
     /// Let the copies that are on their way land: `in_flight` says how many records have not. If they do not within
     /// [`LANDING_TIMEOUT`], the mapping is leaked, pinned as it is, because a device may still write to it. Of records that
     /// the driver has refused it is enough that their streams have done what they were given, which is looked at and not
-    /// waited for: somebody may capture a graph meanwhile, and synchronising a context would end that.
+    /// waited for: somebody may capture a graph meanwhile, and synchronising a context would end that. An event may be
+    /// awaited of a record that is no longer on its way: a void one that its graph has published all the same.
     pub fn settle(&mut self, in_flight: impl Fn() -> usize) {
         let deadline = Instant::now() + LANDING_TIMEOUT;
         let _relaxed = self.driver.relax();
         loop {
-            let done: Option<bool> = self.refused.iter().try_fold(true, |done, event| {
-                event.as_ref().and_then(Event::has_come).map(|has_come| done && has_come)
-            });
+            let watched = self.watcher.as_ref().map_or(Some(true), Watcher::is_done);
+            let mut refused = self.refused.iter().map(|event| event.as_ref().and_then(Event::has_come));
+            let done = watched.and_then(|done| refused.try_fold(done, |done, has_come| Some(has_come? && done)));
             if done == Some(true) && in_flight() <= self.refused.len() {
                 return;
             }
@@ -316,10 +317,10 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        self.watcher = None;
-        self.refused.clear(); // while their contexts live
         let (driver, address) = (self.driver, self.memory.address());
         let _relaxed = driver.relax();
+        self.watcher = None;
+        self.refused.clear(); // while their contexts live
         // If a context was reset before us, what was made in it is gone.
         if let Some(device) = self.devices.iter().find(|device| driver.lives(device.context)) {
             let unpin = || {
