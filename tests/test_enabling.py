@@ -113,8 +113,9 @@ SCHEDULER = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.a
 class Engine:
     """What `find_capture` asks of an sglang.Engine, whose package needs a GPU to be imported."""
 
-    def __init__(self, pids: list[int]) -> None:
+    def __init__(self, pids: list[int], dp_size: int = 1, pp_size: int = 1, nnodes: int = 1) -> None:
         self.pids = pids
+        self.server_args = types.SimpleNamespace(dp_size=dp_size, pp_size=pp_size, nnodes=nnodes)
 
     def get_all_child_pids(self) -> list[int]:
         return self.pids
@@ -137,6 +138,11 @@ def test_an_engine_is_found_by_its_processes() -> None:
         assert hear(process) == "ready"
         with expert_lens.attach(Engine([os.getpid() + 10**7, process.pid])) as lens:
             assert lens.name == "scheduled"
+        with pytest.raises(EngineHookError, match=r"1 of the engine's 2 data-parallel .*attach\('scheduled'\)"):
+            expert_lens.attach(Engine([process.pid], dp_size=2))
+        with pytest.raises(EngineHookError, match="1 of the engine's 6 data-parallel ranks and pipeline stages"):
+            expert_lens.attach(Engine([process.pid], dp_size=2, pp_size=3))
+        expert_lens.attach(Engine([process.pid], dp_size=2, nnodes=2)).close()  # the other rank is elsewhere
         with pytest.raises(OptionError, match="arena cannot be chosen"):
             expert_lens.attach(Engine([process.pid]), arena="1GiB")
         with pytest.raises(EngineHookError, match=r"Call expert_lens\.enable\(\) before"):

@@ -26,12 +26,18 @@ def matches(obj: object) -> bool:
 def find_capture(engine: Any, directory: str | None) -> str:
     """The name of the capture that the engine's schedulers publish.
 
-    Raises EngineHookError if they publish none: the engine was not enabled, or this release of SGLang is not known.
+    Raises EngineHookError if they publish none: the engine was not enabled, or this release of SGLang is not known;
+    and if some of them do not.
     """
     schedulers = set(engine.get_all_child_pids())
-    for facts in _core.captures(directory):
-        if facts["alive"] and not schedulers.isdisjoint(_ancestors(facts["pid"])):
-            return facts["capture"]
+    found = [
+        facts["capture"]
+        for facts in _core.captures(directory)
+        if facts["alive"] and not schedulers.isdisjoint(_ancestors(facts["pid"]))
+    ]
+    if found:
+        _expect_every_rank(engine.server_args, found)
+        return found[0]
     if enabled() is None:
         raise EngineHookError(
             "this sglang.Engine was started without expert_lens. Call expert_lens.enable() before sglang.Engine(...), "
@@ -50,6 +56,19 @@ def find_capture(engine: Any, directory: str | None) -> str:
         "the engine's schedulers publish no capture. Their log says why, in a line with 'expert_lens'; without one, "
         "expert_lens.enable() was called too late, or SGLANG_PLUGINS is set and does not name expert_lens."
     )
+
+
+def _expect_every_rank(args: Any, found: list[str]) -> None:
+    """Raise EngineHookError where fewer processes publish than do if all is well: nothing would be seen of the others'
+    requests.
+    """
+    ranks = args.dp_size * args.pp_size
+    if args.nnodes == 1 and len(found) < ranks:
+        raise EngineHookError(
+            f"{len(found)} of the engine's {ranks} data-parallel ranks and pipeline stages publish capture {found[0]}: "
+            "of the others nothing would be seen. The engine's log says why, in a line with 'expert_lens captures "
+            f"nothing'. To look at those that publish all the same: expert_lens.attach({found[0]!r})."
+        )
 
 
 def _ancestors(pid: int) -> list[int]:
