@@ -293,6 +293,12 @@ def test_what_a_graph_leaves_is_published_once(engine: Engine, capturing: Simple
         engine.forward(engine.batch("DECODE", ["a"], [5], [1]), None)
 
 
+def test_a_forward_of_more_tokens_than_were_thought_to_be_the_most_is_told(engine: Engine) -> None:
+    with pytest.warns(RuntimeWarning, match="mode EXTEND of 65 tokens, where 64 were thought to be the most"):
+        engine.forward(engine.batch("EXTEND", ["a"], [0], [65]), None, in_graph=True)
+    assert isinstance(engine.tap.error, EngineHookError)
+
+
 def test_a_layer_that_chooses_twice_in_a_graph_ends_the_capture_by_its_number(
     engine: Engine, capturing: SimpleNamespace
 ) -> None:

@@ -340,7 +340,7 @@ class Capturer:
             experts = experts[begin : begin + num_rows]
         else:
             experts, there = self._static.take(num_rows, batch.forward_mode.name)
-            if len(experts) == num_rows:
+            if len(positions) == num_rows:
                 positions = torch.where(there, positions, -1)
         if len(experts) != num_rows or len(positions) != num_rows:
             raise EngineHookError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from expert_lens.errors import SilentTapError
+from expert_lens.errors import EngineHookError, SilentTapError
 from expert_lens.steps import Step
 from expert_lens.tap import Tap
 
@@ -47,9 +47,14 @@ class StaticExperts:
         """What the forward that is enqueued writes: packed experts [n, L, K], and bool [n], whether a row is there.
 
         Raises SilentTapError for the first one of its mode, if a layer has written nothing; of later ones such rows are
-        not there.
+        not there. Raises EngineHookError if it has more rows than there are.
         """
         ids = self._ids[:num_rows]
+        if len(ids) < num_rows:
+            raise EngineHookError(
+                f"a forward in mode {mode} of {num_rows} tokens, where {len(ids)} were thought to be the most. With "
+                "--chunked-prefill-size they would be."
+            )
         there = (ids >= 0).flatten(1).all(dim=1)
         if mode not in self._checked:
             self._check(ids, num_rows, mode)
@@ -60,7 +65,7 @@ class StaticExperts:
         self._ids.fill_(-1)
 
     def _check(self, ids: torch.Tensor, num_rows: int, mode: str) -> None:
-        missing = (ids < 0).any(dim=2).any(dim=0).tolist() if len(ids) == num_rows else [True] * len(self._tap.layers)
+        missing = (ids < 0).any(dim=2).any(dim=0).tolist()
         if any(missing):
             layers = tuple(layer for layer, none in zip(self._tap.layers, missing, strict=True) if none)
             raise silence(layers, f"a forward in mode {mode} of {num_rows} tokens")
