@@ -116,8 +116,9 @@ def test_a_decode_graph_has_its_inputs_and_can_be_found(sources: Sources) -> Non
         "sglang.srt.model_executor.cuda_graph_runner:DecodeInputBuffers",
     )
     needs(sources, buffers, {"input_ids", "positions", "out_cache_loc"}, sources.fields(buffers))
-    needs(sources, runner, {"buffers", "capture_forward_mode"}, sources.fields(runner))
     module, _, name = runner.partition(":")
+    backend = {"backend"} if name == "DecodeCudaGraphRunner" else set()
+    needs(sources, runner, {"buffers", "capture_forward_mode"} | backend, sources.fields(runner))
     told = sources.text(module) + sources.text("sglang.srt.model_executor.runner.base_runner")
     assert "self.model_runner = " in told
     width = {"num_tokens_per_bs", "captured_req_width"}  # else a request is thought to have one row
@@ -162,6 +163,8 @@ def test_the_runner_says_what_the_model_is(sources: Sources) -> None:
         "is_draft_worker", "model_config", "server_args", "req_to_token_pool", "max_total_num_tokens", "page_size",
         "max_running_requests", "device", "gpu_id", "model", "spec_algorithm",
     }  # fmt: skip
+    algorithm = "sglang.srt.speculative.spec_info:SpeculativeAlgorithm"
+    needs(sources, algorithm, {"is_none"}, sources.fields(algorithm))
     runner = "sglang.srt.model_executor.model_runner"
     found = sources.fields(f"{runner}:ModelRunner")
     mixin = "sglang.srt.model_executor.model_runner_kv_cache_mixin"
@@ -172,12 +175,14 @@ def test_the_runner_says_what_the_model_is(sources: Sources) -> None:
     needs(sources, config, {"hf_text_config", "model_path"}, sources.fields(config))
     for name in ("is_dp_attention_enabled", "get_local_dp_buffer_len", "is_dp_max_padding"):
         assert sources.find(f"sglang.srt.layers.dp_attention:{name}") is not None
-    here = {"pp_size", "attn_tp_size", "attn_tp_rank", "attn_dp_size", "attn_dp_rank", "attn_cp_size"}
+    here = {"pp_size", "pp_rank", "attn_tp_size", "attn_tp_rank", "attn_dp_size", "attn_dp_rank", "attn_cp_size"}
     context = "sglang.srt.runtime_context"
     if sources.find(f"{context}:get_parallel") is not None:
-        told = sources.text(context)
-        assert all(name in told for name in here)
+        told = set(re.findall(r"\w+", sources.text(context)))
+        needs(sources, context, here, told)
+        needs(sources, "where ranks are told", {"dp_rank"}, told | found)
     else:
+        needs(sources, "ModelRunner", {"pp_size", "pp_rank"}, found)
         for name in ("get_attention_tp_size", "get_attention_tp_rank", "get_attention_dp_rank"):
             assert sources.find(f"sglang.srt.layers.dp_attention:{name}") is not None
     assert sources.find("sglang.srt.layers.moe.utils:MoeA2ABackend") is not None
@@ -201,12 +206,20 @@ def test_what_else_is_asked_by_its_name(sources: Sources) -> None:
     health_check = re.search(r'HEALTH_CHECK_RID_PREFIX = "(\w+)"', sources.text("sglang.srt.constants"))
     assert health_check is not None
     assert health_check[1].startswith(requests.HEALTH_CHECK)
-    if "kv_index_translator" in sources.text("sglang.srt.model_executor.model_runner"):
-        assert "is_translating" in sources.text("sglang.srt.layers.attention.trtllm_mha_backend")
+    runner = "sglang.srt.model_executor.model_runner"
+    if "kv_index_translator" in sources.text(runner):
+        translator = "sglang.srt.mem_cache.kv_index_translator:KVIndexTranslator"
+        asked = {"is_translating", "capture_token_capacity"}
+        needs(sources, translator, asked, sources.fields(translator))
+        needs(sources, "ModelRunner", {"max_token_pool_size"}, sources.fields(f"{runner}:ModelRunner"))
 
 
-def test_an_engine_tells_its_processes(sources: Sources) -> None:
-    assert sources.parameters("sglang.srt.entrypoints.engine:Engine.get_all_child_pids") == {"self"}
+def test_an_engine_tells_its_processes_and_how_many_publish(sources: Sources) -> None:
+    engine = "sglang.srt.entrypoints.engine:Engine"
+    assert sources.parameters(f"{engine}.get_all_child_pids") == {"self"}
+    needs(sources, engine, {"server_args"}, sources.fields(engine))
+    has = sources.fields("sglang.srt.server_args:ServerArgs") | sources.annotated("sglang/srt/arg_groups/fields/")
+    needs(sources, "ServerArgs", {"dp_size", "pp_size", "nnodes"}, has)
     assert sources.find("sglang.srt.plugins:load_plugins") is not None
 
 

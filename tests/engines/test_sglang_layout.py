@@ -8,6 +8,7 @@ import pytest
 
 from expert_lens.engines.sglang.layout import Layout, eager_rows, graph_rows, refuse_unknown
 from expert_lens.errors import EngineHookError, UnsupportedModelError
+from stand_ins import stand_in
 
 
 def layout(**changes: int) -> Layout:
@@ -32,6 +33,47 @@ def publishing_ranks(*, attn_dp: int = 1, stages: int = 1) -> list[int | None]:
         ).publishing_rank
         for replica, dp, stage, tp in itertools.product(range(2), range(attn_dp), range(stages), range(2))
     ]
+
+
+PARALLEL: dict[str, int] = {
+    "pp_size": 2, "pp_rank": 1, "attn_tp_size": 2, "attn_tp_rank": 0, "attn_dp_size": 1, "attn_dp_rank": 0,
+    "attn_cp_size": 1,
+}  # fmt: skip
+"""What SGLang says of the second stage of an engine without data-parallel attention."""
+
+
+@pytest.mark.parametrize("told", ["by the runner", "beside the other ranks", "nowhere"])
+def test_a_process_knows_which_replica_it_is_of(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Releases say it in two places; without replicas they say None."""
+    here = SimpleNamespace(**PARALLEL, dp_rank=3 if told == "beside the other ranks" else None)
+    runner = SimpleNamespace(dp_rank=3) if told == "by the runner" else SimpleNamespace()
+    stand_in(monkeypatch, "sglang.srt.runtime_context", get_parallel=lambda: here)
+    replica = 0 if told == "nowhere" else 3
+    assert Layout.of(runner) == layout(pp_size=2, pp_rank=1, attn_tp_size=2, replica=replica)
+
+
+def test_the_ranks_of_data_parallel_attention_are_no_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = SimpleNamespace(**{**PARALLEL, "attn_dp_size": 2, "attn_dp_rank": 1}, dp_rank=1)
+    stand_in(monkeypatch, "sglang.srt.runtime_context", get_parallel=lambda: here)
+    assert Layout.of(SimpleNamespace()).publishing_rank == 1 * 2 + 1  # the second rank's second stage
+
+
+@pytest.mark.parametrize("by_attention", [True, False])
+def test_releases_that_do_not_tell_of_replicas(by_attention: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(
+        monkeypatch,
+        "sglang.srt.layers.dp_attention",
+        is_dp_attention_enabled=lambda: by_attention,
+        get_attention_tp_size=lambda: 1,
+        get_attention_tp_rank=lambda: 0,
+        get_attention_dp_rank=lambda: 1,
+    )
+    runner = SimpleNamespace(pp_size=1, pp_rank=0, server_args=SimpleNamespace(dp_size=2))
+    if by_attention:
+        assert Layout.of(runner) == layout(attn_dp_size=2, attn_dp_rank=1)
+    else:
+        with pytest.raises(UnsupportedModelError, match=r"2 data-parallel replicas, .* SGLang 0\.5\.15 or newer"):
+            Layout.of(runner)
 
 
 def test_one_process_of_each_data_parallel_rank_publishes() -> None:

@@ -99,6 +99,7 @@ def test_ways_to_run(way: str) -> None:
 RANKS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "tensor parallel 4": (4, 1, {"tp_size": 4}),
     "data-parallel attention": (2, 2, {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}),
+    "data-parallel engines": (2, 2, {"dp_size": 2}),
     "pipeline stages": (2, 2, {"pp_size": 2}),
 }
 """Processes that compute, those of them that publish, and options."""
