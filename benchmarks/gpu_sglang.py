@@ -4,7 +4,7 @@ Modes, each an engine of its own, started in turn and two of them twice; MODES="
 for others than ORDER. Where there is memory for several engines, MODES="off|lens;native" has the first
 two stand side by side: they are started at once, and take turns by the run, the other way around each time.
 
-* `off`: the plugin is installed, and not enabled.
+* `off`: the plugin is installed, and not enabled, so that it returns before it imports what would hook.
 * `off, a reader beside it`: the same, and a lens looks at a capture of something else, so that what a busy reader
   changes on a machine is not taken for what the plugin does.
 * `lens`: a lens attached in the process of the engine, which counts and keeps every row.
@@ -301,10 +301,12 @@ def report(runs: list[dict[str, Any]]) -> None:
                 show(f"{what}: decode step, {mode}, p99", "µs", [run["p99"] for run in of[mode]])
 
 
-def report_timing() -> None:
-    """What expert_lens takes of the scheduler's thread in a decode step."""
+def report_timing(failed: list[str]) -> None:
+    """What expert_lens takes of the scheduler's thread in a decode step; notes if it failed."""
     with started(str(TESTS / "sglang_engine.py"), "timing", "{}") as process:
         printed = until_end(process)
+    if process.returncode:
+        failed.append("timing")
     for line in printed.splitlines():
         if line.startswith('{"n'):
             for rows, found in json.loads(line).items():
@@ -330,7 +332,7 @@ def main() -> None:
             runs += run_beside(beside.split("|"), failed)
     report(runs)
     if "timing" in modes:
-        report_timing()
+        report_timing(failed)
     if failed:
         sys.exit(f"not all is there: {', '.join(failed)} failed, as the log above tells")
 

@@ -2,7 +2,8 @@
 
 A benchmark prints one JSON object a figure: name, unit, median, spread (quartiles), and, where the project promises
 one, a bar; what else is in it is shown as it is. Names choose single benchmarks; their part of the page alone is made
-anew. Those named gpu_... need a CUDA device, and are run only when named.
+anew. Those named gpu_... need a CUDA device, and are run only when named. `gpu_sglang.py` is none of them: what the
+page has of it are several runs, with options of their own.
 """
 
 import datetime
@@ -27,7 +28,6 @@ BENCHMARKS: dict[str, tuple[str, list[str]]] = {
     "gpu_batching": ("On a GPU: `generate_batch` and prefill", [sys.executable, "benchmarks/gpu_batching.py"]),
     "gpu_publish": ("On a GPU: what an eager publish costs", [sys.executable, "benchmarks/gpu_publish.py"]),
     "gpu_generate": ("On a GPU: `generate`", [sys.executable, "benchmarks/gpu_generate.py"]),
-    "gpu_sglang": ("On a GPU: SGLang", [sys.executable, "benchmarks/gpu_sglang.py"]),
 }
 SHOWN = ("name", "unit", "median", "spread", "bar")
 
