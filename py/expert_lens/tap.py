@@ -19,11 +19,12 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
+from expert_lens._core import Turn
 from expert_lens.errors import CudaError, UnsupportedModelError
 from expert_lens.steps import U32, DecodeRun, Indices, Rows, Step
 from expert_lens.streams import follow, own, relaxed_capture, sent
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from expert_lens.types import EndState, Span
 
 __all__ = ["Tap"]
+
+T = TypeVar("T")
 
 MAX_WAITING_STEPS = 64
 """Steps that wait at most while another thread publishes; further ones are lost, and counted."""
@@ -89,9 +92,8 @@ class Tap:
         self._unmatched: set[Mailbox] = set()
         """Of graphs a replay of which has failed and is not taken back yet: what is posted there may be another
         replay's until then, so that rows of their replays are lost, and counted."""
-        self._turn = [None]
-        """Who takes this one out may use the writer, and puts it back. `list.pop` is atomic, as a lock is, and touches
-        less when nothing of either is in the processor's caches."""
+        self._turn = Turn()
+        """Who has it may use the writer."""
         _taps.add(self)
 
     def prepare(self, device: int) -> None:
@@ -242,16 +244,21 @@ class Tap:
         """
         if not self.active:
             return
-        if not token_ids.is_cuda and self._take_turn():
-            try:
-                if follows := self._next == (run, run.num_taken):
-                    run.num_taken += 1
-                    self._next = (run, run.num_taken)
-                    self.writer.publish_next(self._cat(step).numpy(), token_ids.numpy())
-            except Exception as error:
-                self.fail(error)
-            finally:
-                self._give_turn()
+        if not token_ids.is_cuda:
+            follows = False
+            with self._turn as held:
+                if held:
+                    if self._jobs:
+                        self._drain()
+                    try:
+                        if follows := self._next == (run, run.num_taken):
+                            run.num_taken += 1
+                            self._next = (run, run.num_taken)
+                            self.writer.publish_next(self._cat(step).numpy(), token_ids.numpy())
+                    except Exception as error:
+                        self.fail(error)
+            if self._jobs:
+                self._run_jobs()
             if follows:
                 return
         rows = run.take(token_ids)  # first: its position was forwarded even if packing it fails
@@ -331,35 +338,36 @@ class Tap:
         It runs between two steps of an engine, when nothing of it is in the processor's caches: what it calls, it pays
         for several times over.
         """
-        held = self._take_turn() if self._jobs else self._pop_turn()
         counted = False
         try:
-            if rows is not None and self.active:
-                if held and not (self._unmatched and mailbox in self._unmatched):
-                    try:
-                        if rows.spans is not self._batch or self.lost_tokens:
-                            self.set_batch(rows.spans)
-                        self._next = None
-                        counted = True  # whatever comes of it
-                        self.writer.publish_graph(mailbox)
-                    except Exception as error:
-                        self.fail(error)
-                else:
+            with self._turn as held:
+                if held and self._jobs:
+                    self._drain()
+                if rows is not None and self.active and (not held or (self._unmatched and mailbox in self._unmatched)):
                     self.lose(rows.num_rows)
-            if not counted:
-                counted = True
-                mailbox.pass_over()
-            replay()
-        except BaseException:
-            if counted:
-                self._unmatched.add(mailbox)  # for good if what follows is interrupted, at whatever place
-                self._take_back(mailbox)
-            raise
+                    rows = None
+                try:
+                    if rows is not None and self.active:
+                        try:
+                            if rows.spans is not self._batch or self.lost_tokens:
+                                self.set_batch(rows.spans)
+                            self._next = None
+                            counted = True  # whatever comes of it
+                            self.writer.publish_graph(mailbox)
+                        except Exception as error:
+                            self.fail(error)
+                    if not counted:
+                        counted = True
+                        mailbox.pass_over()
+                    replay()
+                except BaseException:
+                    if counted:
+                        self._unmatched.add(mailbox)  # for good if what follows is interrupted, at whatever place
+                        self._take_back(mailbox)
+                    raise
         finally:
-            if held:
-                self._turn.append(None)
-                if self._jobs:
-                    self._run_jobs()
+            if self._jobs:
+                self._run_jobs()
 
     def _take_back(self, mailbox: Mailbox) -> None:
         """Match posts and replays again behind a replay that has failed, and make its record void.
@@ -383,15 +391,15 @@ class Tap:
 
         Raises TimeoutError if that takes too long, and what the writer raises.
         """
-        if not self._wait_for_turn():
+        try:
+            return self._in_time(self.writer.mailbox, device, table)
+        except TimeoutError:
             raise TimeoutError(
                 f"a CUDA graph is captured while another thread has been publishing for {TURN_TIMEOUT} s. Capture "
                 'graphs while nothing else runs the model, or attach with on_full="drop".'
-            )
-        try:
-            return self.writer.mailbox(device, table)
+            ) from None
         finally:
-            self._give_turn()
+            self._run_jobs()
 
     def guard(self, work: Callable[..., Any], *args: Any) -> None:
         """Do something of ours: an error of it ends the capture, and is not the engine's."""
@@ -446,20 +454,20 @@ class Tap:
     def close(self) -> None:
         """Switch off and close the writer, once whoever publishes just now is done, or let that thread close it."""
         self.active = False
-        if not self._wait_for_turn():
-            self._submit(self.writer.close)
-            return
         try:
-            self._drain()
-            self.writer.close()
-        finally:
-            self._turn.append(None)
+            self._in_time(self._close)
+        except TimeoutError:
+            self._submit(self.writer.close)
+
+    def _close(self) -> None:
+        self._drain()
+        self.writer.close()
 
     def abandon(self) -> None:
         """Never touch the writer again: this process is a fork, and the arena belongs to its parent."""
         self.active = False
         self._jobs = deque(maxlen=0)  # takes no job
-        self._turn = [None]  # a thread that held the other one is not in this process
+        self._turn = Turn()  # a thread that had the other one is not in this process
 
     def _write(
         self,
@@ -517,43 +525,28 @@ class Tap:
                 self.writer.set_batch(spans)
             self._batch = spans
 
-    def _take_turn(self) -> bool:
-        """Be the one who publishes, behind what others have left, unless somebody is: never wait for it."""
-        if self._jobs:
-            self._run_jobs()
-        return not self._jobs and self._pop_turn()
-
     def _in_turn(self, work: Callable[..., None], *args: Any) -> bool:
         """Do it, as `guard` does, and behind what others have left; False if somebody else is publishing."""
-        if not self._take_turn():
-            return False
-        try:
-            self.guard(work, *args)
-        finally:
-            self._give_turn()
-        return True
+        with self._turn as held:
+            if held:
+                self._drain()
+                self.guard(work, *args)
+        self._run_jobs()
+        return held
 
-    def _pop_turn(self) -> bool:
-        try:
-            self._turn.pop()
-        except IndexError:
-            return False
-        return True
+    def _in_time(self, work: Callable[..., T], *args: Any) -> T:
+        """Do it in turn, waiting for who publishes: for what happens seldom.
 
-    def _wait_for_turn(self) -> bool:
-        """As `_pop_turn`, in time: for what happens seldom."""
+        Raises TimeoutError if that takes too long, and what the work raises.
+        """
         deadline = time.monotonic() + TURN_TIMEOUT
-        while not self._pop_turn():
+        while True:
+            with self._turn as held:
+                if held:
+                    return work(*args)
             if time.monotonic() >= deadline:
-                return False
+                raise TimeoutError
             time.sleep(TURN_PERIOD)
-        return True
-
-    def _give_turn(self) -> None:
-        """Let others publish, and do what they have left meanwhile."""
-        self._turn.append(None)
-        if self._jobs:
-            self._run_jobs()
 
     def _submit(self, job: Callable[[], Any]) -> None:
         """Run the job, or leave it to the thread that has the turn: never wait for it."""
@@ -561,11 +554,11 @@ class Tap:
         self._run_jobs()
 
     def _run_jobs(self) -> None:
-        while self._jobs and self._pop_turn():
-            try:
+        while self._jobs:
+            with self._turn as held:
+                if not held:
+                    return
                 self._drain()
-            finally:
-                self._turn.append(None)
 
     def _drain(self) -> None:
         """Do what others have left, having the turn."""

@@ -68,9 +68,20 @@ def make_tap(**options: Any) -> tuple[Any, NotingWriter]:
 @contextlib.contextmanager
 def somebody_publishes(tap: Tap) -> Iterator[None]:
     """Another thread has the turn meanwhile."""
-    assert tap._take_turn()
+    has_turn, over = threading.Event(), threading.Event()
+
+    def publish() -> None:
+        with tap._turn as held:
+            assert held
+            has_turn.set()
+            assert over.wait(30)
+
+    thread = threading.Thread(target=publish)
+    thread.start()
+    assert has_turn.wait(30)
     yield
-    tap._turn.append(None)
+    over.set()
+    thread.join()
 
 
 def held(tap: Tap, *layers: list[list[int]], weights: Any = None) -> Step:

@@ -509,11 +509,13 @@ def test_a_step_that_was_left_does_not_become_part_of_a_graph(new_tap: NewTap) -
     with torch.cuda.stream(stream):
         publish(0)
         blocks.append(reading.take(4, 10.0))
-        assert tap._take_turn(), "as another thread would"
+        another = ExitStack()
+        assert another.enter_context(tap._turn), "as in another thread"
         publish(4)
         with torch.cuda.graph(graph, stream=stream):
             x.mul_(2)
-            tap._give_turn()
+            another.close()
+            tap._run_jobs()
             blocks.append(reading.take(4, 10.0))
         publish(8)
     blocks.append(reading.take(4, 10.0))

@@ -7,6 +7,7 @@ mod detached;
 mod errors;
 mod mailbox;
 mod row_stream;
+mod turn;
 mod writer;
 
 use pyo3::prelude::*;
@@ -27,6 +28,8 @@ mod _core {
     use crate::mailbox::{Mailbox, exchange_capture_mode};
     #[pymodule_export]
     use crate::row_stream::RowStream;
+    #[pymodule_export]
+    use crate::turn::Turn;
     #[pymodule_export]
     use crate::writer::Writer;
 
