@@ -287,7 +287,6 @@ def loaded(_: str) -> None:
 
 
 def timed(file: str) -> None:
-    from expert_lens.engines.sglang import scheduler
     from expert_lens.engines.sglang.capturer import Capturer
 
     clock = time.perf_counter_ns
@@ -298,28 +297,20 @@ def timed(file: str) -> None:
         nonlocal alone
         alone += clock() - entered
 
-    def follow_forwards(runner: Any, capturer: Any) -> None:
+    def run(capturer: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """The runner's forward, ours around it, and a clock on both sides of ours."""
-        original = runner.forward
+        nonlocal entered
 
         def theirs(*args: Any, **kwargs: Any) -> Any:
             nonlocal spent
             spent += clock() - entered
-            return original(*args, **kwargs)
+            return forward(*args, **kwargs)
 
-        runner.forward = theirs
-        followed(runner, capturer)
-        ours = runner.forward
-
-        def enter(*args: Any, **kwargs: Any) -> Any:
-            nonlocal entered
-            if steps % 2:
-                entered = clock()
-                nothing(*args, **kwargs)
+        if steps % 2:
             entered = clock()
-            return ours(*args, **kwargs)
-
-        runner.forward = enter
+            nothing(*args, **kwargs)
+        entered = clock()
+        return ran(capturer, theirs, *args, **kwargs)
 
     def replay(capturer: Any, recorded: Any, launch: Any) -> None:
         nonlocal spent, rows, alone
@@ -364,7 +355,7 @@ def timed(file: str) -> None:
         spent = rows = alone = 0
         return None if native is None else native.on_forward_end(*args, **kwargs)
 
-    replayed, ended, followed = Capturer._replay, Capturer.on_forward_end, scheduler._follow_forwards
-    scheduler._follow_forwards = follow_forwards
+    ran, replayed, ended = Capturer.run, Capturer._replay, Capturer.on_forward_end
+    Capturer.run = run  # type: ignore[method-assign]
     Capturer._replay = replay  # type: ignore[method-assign]
     Capturer.on_forward_end = on_forward_end  # type: ignore[method-assign]

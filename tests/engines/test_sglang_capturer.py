@@ -6,6 +6,7 @@ What needs a GPU (graphs, streams) is in tests/gpu/test_sglang.py, with the real
 import inspect
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,6 @@ from expert_lens import graphs
 from expert_lens._core import Collector, Writer
 from expert_lens.engines.sglang.capturer import Capturer
 from expert_lens.engines.sglang.layout import Layout
-from expert_lens.engines.sglang.scheduler import _follow_forwards
 from expert_lens.errors import EngineHookError, SilentTapError
 from expert_lens.steps import Step
 from expert_lens.tap import Tap
@@ -89,11 +89,15 @@ class Engine:
     def experts(self, rows: int) -> torch.Tensor:
         return torch.tensor(self.rng.integers(0, EXPERTS, (rows, len(LAYERS), TOP_K)), dtype=torch.int32)
 
+    def begin(self, batch: Any) -> None:
+        """One forward, up to its first layer."""
+        self.capturer.run(lambda _: None, batch)
+
     def forward(
         self, batch: Any, experts: torch.Tensor | None, layers: list[int] | None = None, *, in_graph: bool = False
     ) -> Any:
         """One forward; `experts` None: without Python."""
-        self.capturer.begin(batch)
+        self.begin(batch)
         if experts is not None:
             self.hand_over(experts, layers or LAYERS)
         return self.capturer.on_forward_end(batch, can_run_graph=in_graph, cuda_graph_batch=None, no_copy_to_cpu=True)
@@ -171,7 +175,7 @@ def test_a_rank_that_is_idle_in_a_decode_graph_forgets_no_slots(
     engine.slot = 0
     engine.forward(engine.batch("EXTEND", ["a"], [0], [4]), first)
     idle = engine.batch("IDLE", [], [], [])
-    engine.capturer.begin(idle)
+    engine.begin(idle)
     engine.capturer._replay(recorded, lambda: None)  # type: ignore[arg-type]
     engine.capturer.on_forward_end(idle, can_run_graph=True, cuda_graph_batch=8)
     engine.capturer.requests.admit([Req("b", 5)])
@@ -210,7 +214,7 @@ class Recorded:
         """The spans of a replay's rows by number, id and row; None if it has none."""
         n = len(rids)
         batch = self.engine.batch("DECODE", rids, [4] * n, [1] * n, **more)
-        self.engine.capturer.begin(batch)
+        self.engine.begin(batch)
         self.engine.capturer._replay(self, self.launch)  # type: ignore[arg-type]
         self.engine.capturer.on_forward_end(batch, can_run_graph=True, cuda_graph_batch=n)
         return None if self.rows is None else [span[:3] for span in self.rows.spans]
@@ -249,28 +253,23 @@ def test_a_replay_has_the_rows_of_its_own_batch(engine: Engine) -> None:
 
 
 def test_a_forward_that_raised_leaves_nothing_to_the_next(engine: Engine) -> None:
-    engine.capturer.begin(engine.batch("EXTEND", ["a"], [0], [2]))
+    engine.begin(engine.batch("EXTEND", ["a"], [0], [2]))
     engine.hand_over(engine.experts(2), LAYERS)  # and then it raises: no end is told
     with pytest.warns(RuntimeWarning, match="handed over no experts"):
         engine.forward(engine.batch("EXTEND", ["b"], [0], [2]), None)
     assert engine.rows("b") is None
 
 
-def test_the_runners_forwards_begin_with_the_capturer(engine: Engine) -> None:
-    runner = SimpleNamespace(forward=lambda batch, scale, *, offset: (batch, scale, offset))
-    seen: list[Any] = []
-    engine.capturer.begin = seen.append  # type: ignore[method-assign]
-    _follow_forwards(runner, engine.capturer)
-    assert runner.forward("batch", 2, offset=3) == ("batch", 2, 3)
-    runner.forward = lambda forward_batch: forward_batch
-    _follow_forwards(runner, engine.capturer)
-    assert runner.forward(forward_batch="other") == "other"
-    assert seen == ["batch", "other"]
+def test_a_forward_is_run_with_what_it_is_called_with(engine: Engine) -> None:
+    batch = engine.batch("DECODE", ["a"], [0], [1])
+    run = partial(engine.capturer.run, lambda forward_batch, scale, *, offset: (forward_batch, scale, offset))
+    assert run(batch, 2, offset=3) == (batch, 2, 3)
+    assert run(forward_batch=batch, scale=4, offset=5) == (batch, 4, 5)
 
 
 def test_an_engine_that_is_not_as_known_ends_the_capture_alone(engine: Engine) -> None:
     with pytest.warns(RuntimeWarning, match="extend_prefix_lens_cpu"):
-        engine.capturer.begin(SimpleNamespace())
+        engine.begin(SimpleNamespace())
     assert engine.capturer.on_forward_end(None, can_run_graph=True, cuda_graph_batch=1) == "as it was"
 
 
@@ -278,7 +277,7 @@ def test_what_a_graph_leaves_is_published_once(engine: Engine, capturing: Simple
     """The copy that is recorded while a graph is captured runs at once here, as in a replay."""
     experts = engine.experts(6)
     batch = engine.batch("EXTEND", ["a"], [0], [4])
-    engine.capturer.begin(batch)
+    engine.begin(batch)
     capturing.on = True
     engine.hand_over(experts, LAYERS)
     capturing.on = False
@@ -415,7 +414,7 @@ def test_a_data_parallel_rank_has_its_own_rows_of_graphs_of_prompts(
     expected = []
     for mode, rids, starts, lengths in (("EXTEND", ["a"], [0], [3]), ("MIXED", ["b", "a"], [0, 3], [2, 1])):
         batch, experts = engine.batch(mode, rids, starts, lengths, **counts), engine.experts(3 * ranks.rows)
-        engine.capturer.begin(batch)
+        engine.begin(batch)
         capturing.on = True
         engine.hand_over(experts, LAYERS)
         capturing.on = False
@@ -482,7 +481,7 @@ def test_a_data_parallel_rank_has_its_own_rows_of_graphs_that_verify(
     more = {"spec_info": SimpleNamespace(draft_token_num=4), "global_num_tokens_cpu": [4, 4]}
     batch = engine.batch("TARGET_VERIFY", ["a"], [2], [4], **more)
     batch.positions = torch.tensor([2, 3, 3, 4])
-    engine.capturer.begin(batch)
+    engine.begin(batch)
     with engine.capturer.capturing(runner, 1, runner.forward):
         capturing.on = True
         engine.hand_over(drafted, LAYERS)
@@ -498,7 +497,7 @@ def test_a_data_parallel_rank_has_its_own_rows_of_graphs_that_verify(
 def test_rows_that_are_lost_are_not_the_next_forwards(engine: Engine, capturing: SimpleNamespace) -> None:
     """A graph that ran for a beam search has left its rows; the forward behind it leaves none."""
     batch = engine.batch("EXTEND", ["a"], [0], [4], batch_size=3)
-    engine.capturer.begin(batch)
+    engine.begin(batch)
     capturing.on = True
     engine.hand_over(engine.experts(4), LAYERS)
     capturing.on = False

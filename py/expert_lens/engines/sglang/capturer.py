@@ -62,11 +62,9 @@ class Capturer:
         self._layer_slots = {layer: slot for slot, layer in enumerate(tap.layers)}
         self._static = StaticExperts(tap, max_rows, runner.device)
         self._batch: Any = None
-        """The batch whose forward is running."""
+        """The batch whose forward is running, until its rows are published."""
         self._begun = False
         """Whether a layer has handed over ids of it."""
-        self._published = False
-        """Whether a graph has published that forward's rows."""
         self._drafted: _Drafted | None = None
         """A forward over drafted tokens that are not judged yet."""
         self._replayed: ReplayRows | None = None
@@ -113,14 +111,8 @@ class Capturer:
         self, forward_batch: Any, can_run_graph: bool, cuda_graph_batch: int | None, no_copy_to_cpu: bool = False
     ) -> Any:
         """The target model's forward is enqueued: publish its rows, if it was no decode graph, which does by itself."""
-        batch, self._batch = self._batch, None
-        if not self._published and batch is not None:
-            step = self.tap.end() if self._begun else None
-            self._begun = False
-            if self.tap.active:
-                self.tap.guard(self._publish, batch, step, can_run_graph)
-                if step is None:  # be its rows published or lost: they are none of the next forward's
-                    self.tap.guard(self._static.empty)
+        if self._batch is not None:
+            self._end(can_run_graph)
         if self.native is None:
             return None
         return self.native.on_forward_end(
@@ -148,17 +140,23 @@ class Capturer:
 
     # ---- what the hooks call ----
 
-    def begin(self, batch: Any) -> None:
-        """The target model's forward over this batch begins."""
+    def run(self, forward: Callable[..., Any], forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the target model's forward over this batch.
+
+        What is called between two steps of an engine finds nothing of it in the processor's caches, and each function
+        more takes a microsecond there: so this one, `_replay` and `on_forward_end` call none that a step by graph, of
+        a batch that goes on, can do without.
+        """
         if self._begun:  # a forward before it has raised
+            self._begun = False
             self.tap.end()
-        self._batch = batch
-        self._begun = self._published = False
+        self._batch = forward_batch
         try:
-            if batch.extend_prefix_lens_cpu is not None or self._drafted is not None:
-                self._begin_prompts(batch)
+            if forward_batch.extend_prefix_lens_cpu is not None or self._drafted is not None:
+                self._begin_prompts(forward_batch)
         except Exception as error:
             self.tap.fail(error)
+        return forward(forward_batch, *args, **kwargs)
 
     def _begin_prompts(self, batch: Any) -> None:
         if not self._serves:  # what was compiled or captured has run, for nobody
@@ -243,16 +241,21 @@ class Capturer:
     # ---- the rest ----
 
     def _replay(self, recorded: GraphStep, launch: Callable[[], None]) -> None:
-        batch, rows = self._batch, self._replayed
+        batch, rows, requests = self._batch, self._replayed, self.requests
+        self._batch = None
         try:
             if batch is None:
                 rows = None
-            elif rows is None or not self.requests.still_decode(batch, rows.spans):
+            elif (
+                rows is None
+                or rows.spans is not requests.spans
+                or batch.rids != requests.decoding
+                or batch.batch_size != rows.num_rows
+            ):
                 rows = self._replayed = self._rows_of_replay(batch)
         except Exception as error:
             rows = None
             self.tap.fail(error)
-        self._published = True
         recorded.replay(launch, rows)
 
     def _rows_of_replay(self, batch: Any) -> ReplayRows | None:
@@ -273,6 +276,16 @@ class Capturer:
         if step is not None:
             self._static.record(step)
             self._static.cut_modes.update(("EXTEND", "MIXED"))
+
+    def _end(self, in_graph: bool) -> None:
+        """Publish the rows of the forward that has run, which no graph has published."""
+        batch, self._batch = self._batch, None
+        step = self.tap.end() if self._begun else None
+        self._begun = False
+        if self.tap.active:
+            self.tap.guard(self._publish, batch, step, in_graph)
+            if step is None:  # be its rows published or lost: they are none of the next forward's
+                self.tap.guard(self._static.empty)
 
     def _publish(self, batch: Any, step: Step | None, in_graph: bool) -> None:
         mode = batch.forward_mode.name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from expert_lens.engines.names import RequestNames, next_number
@@ -49,10 +49,10 @@ class Requests:
         """Those that have ended since the last forward: the next one may have been put together before, and run over
         them once more, which gives rows of nobody.
         """
-        self._decoding: list[str] | None = None
+        self.decoding: list[str] | None = None
         """The rids of the last decode batch, if nothing has changed since."""
         self._width = 1
-        self._spans: list[Span] = []
+        self.spans: list[Span] = []
         """Of that batch, whose requests have `_width` rows each."""
 
     def admit(self, reqs: Iterable[Any]) -> None:
@@ -71,21 +71,17 @@ class Requests:
         for rid in [rid for rid in self._retracted if (req := self._live[rid].req) is not None and req() is None]:
             self._end(rid, self._live[rid].end, "aborted")
 
-    def still_decode(self, batch: Any, spans: Sequence[Span]) -> bool:
-        """Whether these are the spans of this decode step too, as they were of the last one."""
-        return spans is self._spans and batch.rids == self._decoding and batch.batch_size == len(spans)
-
     def decode(self, batch: Any, width: int = 1) -> list[Span]:
         """The spans of a decode step, `width` rows a request; the same list as long as the batch stays the same."""
-        if batch.rids != self._decoding or width != self._width:
+        if batch.rids != self.decoding or width != self._width:
             live = self._live
-            self._spans = [
+            self.spans = [
                 self._span(live.get(rid) or self._unknown(rid, batch, at), at * width, width, "decode")
                 for at, rid in enumerate(batch.rids)
             ]
-            self._decoding, self._width = list(batch.rids), width
+            self.decoding, self._width = list(batch.rids), width
             self._ended.clear()
-        return self._spans
+        return self.spans
 
     def extend(self, batch: Any) -> list[Span]:
         """The spans of a forward of prompts or parts of them; requests that decode in it have one row."""
@@ -143,7 +139,7 @@ class Requests:
         if self._tap.active:  # else no forward comes by any more that would clear it
             self._ended.add(rid)
         self._retracted.discard(rid)
-        self._decoding = None
+        self.decoding = None
         if request.number:
             self._tap.finish(request.number, request.id, positions, state)
 
@@ -162,7 +158,7 @@ class Requests:
         nobody = rid.startswith(HEALTH_CHECK)
         name, number = ("", 0) if nobody else (self._names.unique(rid), next_number())
         request = self._live[rid] = _Request(name, number, prompt_tokens, req)
-        self._decoding = None  # the id may be in it, of a request before
+        self.decoding = None  # the id may be in it, of a request before
         return request
 
     def _span(self, request: _Request, row: int, rows: int, phase: Phase) -> Span:

@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from expert_lens._core import Writer
@@ -91,7 +92,9 @@ class SchedulerHooks:
         )
         self._set(self._capturer)
         self._runner = runner
-        _follow_forwards(runner, self._capturer)
+        # This runner's alone, and by no hook of SGLang's registry, which costs more than what it would call, and this
+        # comes by in every step.
+        runner.forward = partial(self._capturer.run, runner.forward)
         if contract.VERIFY.find() is None and not runner.spec_algorithm.is_none():
             log.warning(
                 "expert_lens: rows of drafted tokens count as dropped, as this SGLang has no %s", contract.VERIFY.paths
@@ -138,21 +141,6 @@ class SchedulerHooks:
     @staticmethod
     def _set(capturer: Any) -> None:
         _capturer_module().set_global_experts_capturer(capturer)
-
-
-def _follow_forwards(runner: Any, capturer: Capturer) -> None:
-    """Have the capturer know of each forward that begins, on its stream.
-
-    Of this runner alone, and by no hook of SGLang's registry, which costs more than what it would call: it comes by in
-    every step.
-    """
-    begin, original = capturer.begin, runner.forward
-
-    def forward(forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        begin(forward_batch)
-        return original(forward_batch, *args, **kwargs)
-
-    runner.forward = forward
 
 
 def _capturer_module() -> Any:
