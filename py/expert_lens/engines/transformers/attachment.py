@@ -22,6 +22,7 @@ from expert_lens.engines.transformers.patch import MISSING, Patch, StandIn, forg
 from expert_lens.engines.transformers.plain import PlainForwards
 from expert_lens.errors import EngineHookError, SilentTapError, UnsupportedModelError
 from expert_lens.steps import Step
+from expert_lens.streams import relaxed_capture
 from expert_lens.tap import Tap
 
 if TYPE_CHECKING:
@@ -288,7 +289,8 @@ class TransformersTap:
         cache = named.get("past_key_values")
         inputs.cache = cache if cache is not None else named.get("cache_params")
         if inputs.cache is not None and (call is None or call.needs_past):
-            inputs.past = int(inputs.cache.get_seq_length())
+            with relaxed_capture():  # a static cache has it on the device
+                inputs.past = int(inputs.cache.get_seq_length())
         return inputs
 
     def _publish(self, step: Step, inputs: _Inputs, output: Any) -> None:
