@@ -554,22 +554,37 @@ def server(options: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def uncaptured(options: dict[str, Any]) -> dict[str, Any]:
+    """How an engine answers of which nothing is captured, and what `attach` says."""
+    engine, shape = start({**options, "enable_return_routed_experts": False})
+    chosen = {"max_new_tokens": 4, "ignore_eos": True}
+    answer = engine.generate(input_ids=Waves(engine, shape).new(20), sampling_params=chosen)
+    try:
+        expert_lens.attach(engine)
+        message = ""
+    except (expert_lens.errors.EngineHookError, expert_lens.errors.CaptureNotFoundError) as error:
+        message = str(error)
+    engine.shutdown()
+    return {"tokens": len(answer["output_ids"]), "message": message, "captures": expert_lens.captures()}
+
+
 def off(options: dict[str, Any]) -> dict[str, Any]:
     """Not enabled: nothing of ours is loaded that publishes, and `attach` says what to do."""
     os.environ.pop("EXPERT_LENS_ENABLE", None)
     os.environ["SGLANG_SPY"] = "loaded"
-    engine, shape = start({**options, "enable_return_routed_experts": False})
-    engine.generate(input_ids=Waves(engine, shape).new(20), sampling_params={"max_new_tokens": 4})
-    try:
-        expert_lens.attach(engine)
-        message = ""
-    except expert_lens.errors.EngineHookError as error:
-        message = str(error)
-    engine.shutdown()
-    return {"message": message, "captures": expert_lens.captures()}
+    return uncaptured(options)
 
 
-JOBS = {job.__name__: job for job in (check, late, alone, with_the_lens_alone, control, abort, server, off, timing)}
+def moved(options: dict[str, Any]) -> dict[str, Any]:
+    """Enabled, in a release that has moved what we hold on to."""
+    expert_lens.enable()
+    os.environ["SGLANG_SPY"] = "moved"
+    return uncaptured(options)
+
+
+JOBS = {
+    job.__name__: job for job in (check, late, alone, with_the_lens_alone, control, abort, server, off, moved, timing)
+}
 
 if __name__ == "__main__":
     began = time.monotonic()

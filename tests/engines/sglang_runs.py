@@ -121,6 +121,7 @@ def nothing_is_captured(found: dict[str, Any], log: str) -> None:
     assert hooked(log) == "[]"
     assert "expert_lens.enable()" in found["message"]
     assert found["captures"] == []
+    assert found["tokens"] == 4
     assert "expert_lens publishes" not in log
 
 

@@ -15,6 +15,7 @@ its own (`routers`): SGLang gives all layers the same; and SGLang's own capture 
   and of a tree leaves in the KV slots that their tokens are moved away from.
 * `in_graphs_of:ROWS`: makes SGLang's own capture right for prompts in graphs of so many rows a data-parallel rank: it
   cuts this rank's out where they are in a decode graph.
+* `moved`: takes the names of its arguments from what a request's end is told by, as another release may.
 * `loaded`: when a request has ended, prints which modules of expert_lens have hooked something, or hold a step.
 * `timed:FILE`: appends what expert_lens takes of the scheduler's thread in each decode step by graph, but for the
   launch: "ROWS MICROSECONDS" a line. In every second step what the clocks take that tell it, around nothing, before
@@ -52,7 +53,7 @@ def register() -> None:
         return
     routers()
     without_a_gpu()
-    spies = (consumed, altered, altered_in_graphs, numbered, followed, in_graphs_of, loaded, timed)
+    spies = (consumed, altered, altered_in_graphs, numbered, followed, in_graphs_of, moved, loaded, timed)
     if what:
         {spy.__name__: spy for spy in spies}[what](file)
 
@@ -271,6 +272,13 @@ def in_graphs_of(rows: str) -> None:
         return on_forward_end(capturer, forward_batch=forward_batch, can_run_graph=can_run_graph, **kwargs)
 
     RoutedExpertsCapturer.on_forward_end = cut
+
+
+def moved(_: str) -> None:
+    from sglang.srt.mem_cache import common
+
+    original = common.release_kv_cache
+    common.release_kv_cache = lambda *args, **kwargs: original(*args, **kwargs)
 
 
 def loaded(_: str) -> None:

@@ -142,6 +142,14 @@ def test_a_server_that_only_the_environment_enables() -> None:
     assert (found["states"], found["of nobody"], found["publisher"]) == (["finished"], [], "host")
 
 
+def test_a_release_that_has_moved_what_we_hold_on_to_serves_on() -> None:
+    found, log = run("moved", CPU, environment(NEWEST))
+    assert f"SGLang {NEWEST} has moved what it holds on to" in log
+    assert "a request gives its KV slots back: no sglang.srt.mem_cache.common:release_kv_cache with req" in log
+    assert (found["tokens"], found["captures"]) == (4, [])
+    assert "Their log says why" in found["message"]
+
+
 def test_an_engine_that_was_not_enabled() -> None:
     found, log = run("off", CPU, environment(NEWEST))
     nothing_is_captured(found, log)
