@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable
 
@@ -62,6 +63,7 @@ def test_of_many_threads_one_has_it() -> None:
     assert had > 0
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="CPython 3.14 may lose any lock so")
 def test_interrupts_do_not_lose_it() -> None:
     """As many as come, at whatever place."""
     turn, interrupts = Turn(), 0

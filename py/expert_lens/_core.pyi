@@ -320,7 +320,7 @@ class Turn:
     """Had by one thread at a time, in a `with` block; whoever comes meanwhile does not wait: `with turn as held` says
     by `held` whether it is ours. It is False in a block inside of one of the same thread that has it.
 
-    No interrupt comes between taking it and what gives it back: CPython looks for none there (3.11 to 3.13).
+    No interrupt comes between taking it and what gives it back: CPython looks for none there up to 3.13.
     """
 
     def __init__(self) -> None: ...

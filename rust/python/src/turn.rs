@@ -2,7 +2,7 @@
 
 use pyo3::prelude::*;
 use std::sync::atomic::AtomicUsize;
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 /// Whom no thread is.
 const NOBODY: usize = 0;
@@ -16,7 +16,11 @@ fn this_thread() -> usize {
     HERE.with(|here| std::ptr::from_ref(here).addr())
 }
 
-/// Had by one thread at a time, in a `with` block: so an interrupt cannot come between taking it and what gives it back.
+/// Had by one thread at a time, in a `with` block: so an interrupt cannot come between taking it and what gives it back,
+/// as CPython looks for none there up to 3.13. (In 3.14 it does, for any lock: python/cpython#148874.)
+///
+/// Whoever finds it taken leaves his work and goes; whoever gives it back looks for that then. Both must be in one order
+/// for all, so that one of them sees the other's.
 #[pyclass(frozen, module = "expert_lens._core")]
 pub struct Turn {
     holder: AtomicUsize,
@@ -32,7 +36,7 @@ impl Turn {
     }
 
     fn __enter__(&self) -> bool {
-        match self.holder.compare_exchange(NOBODY, this_thread(), Acquire, Relaxed) {
+        match self.holder.compare_exchange(NOBODY, this_thread(), SeqCst, SeqCst) {
             Ok(_) => true,
             Err(holder) => {
                 if holder == this_thread() {
@@ -47,7 +51,7 @@ impl Turn {
         // Nobody but the holder changes either, and it finds its own number only if it is that.
         if self.holder.load(Relaxed) == this_thread() {
             match self.inner.load(Relaxed) {
-                0 => self.holder.store(NOBODY, Release),
+                0 => self.holder.store(NOBODY, SeqCst),
                 inner => self.inner.store(inner - 1, Relaxed),
             }
         }

@@ -390,7 +390,9 @@ impl Writer {
 
     fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
         let name = slf.get_type().qualname()?;
-        let this = slf.borrow();
+        let Ok(this) = slf.try_borrow() else {
+            return Ok(format!("<{name}, in use>"));
+        };
         let state = if this.publisher.is_some() { "" } else { " (closed)" };
         Ok(format!("<{name} {}{state}>", this.path.display()))
     }

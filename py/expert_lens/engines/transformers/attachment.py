@@ -90,6 +90,8 @@ class TransformersTap:
             directory=directory,
             **self.facts,
         )
+        self.path = self.writer.path
+        """Kept here: a writer that waits for room can be asked nothing."""
         self.skipped_forwards = 0
         self._tap = Tap(
             self.writer,
@@ -426,7 +428,7 @@ def _attachable(model: Any) -> RoutedModel:
     taken = vars(routed.decoder).get("forward")
     if isinstance(taken, _DecoderForward) and not taken.removed:
         raise EngineHookError(
-            f"this {type(model).__name__} is already attached, and published to {taken.capture.writer.path}. "
+            f"this {type(model).__name__} is already attached, and published to {taken.capture.path}. "
             "Close that capture first."
         )
     devices = {parameter.device for layer in routed.layers for parameter in layer.experts.parameters()}
