@@ -15,6 +15,8 @@ use std::time::Duration;
 const NOT_READY: Status = 600;
 /// CU_EVENT_DISABLE_TIMING
 const EVENT_FLAGS: c_uint = 2;
+/// How many looks at an event go by before it is asked once more whether its context lives.
+const LOOKS: u64 = 50;
 /// How often the event publisher looks.
 pub(super) const EVENT_PERIOD: Duration = Duration::from_micros(20);
 
@@ -44,10 +46,13 @@ impl Event {
 
     /// Whether it has come; None if the driver will not say, as of a context that is broken or was reset.
     pub fn has_come(&self) -> Option<bool> {
-        if !self.driver.lives(self.context) {
-            return None;
-        }
-        // SAFETY: the event lives as long as its context, until it is dropped.
+        if self.driver.lives(self.context) { self.query() } else { None }
+    }
+
+    /// As [`Event::has_come`], of a context of which is known that it was there a moment ago.
+    fn query(&self) -> Option<bool> {
+        // SAFETY: the event lives as long as its context, until it is dropped. Who resets that in this very moment does so
+        // while others use it, which the driver leaves to him.
         match unsafe { (self.driver.event_query)(self.handle as Handle) } {
             0 => Some(true),
             NOT_READY => Some(false),
@@ -111,9 +116,14 @@ impl Watcher {
             // SAFETY: sets this thread's own mode: its queries must not end another thread's capture.
             unsafe { (driver.exchange_capture_mode)(&mut mode) };
             while let Ok(record) = to_watch.recv() {
-                loop {
-                    match record.event.has_come() {
-                        Some(true) => break record.publish(&memory),
+                for look in 0_u64.. {
+                    // To ask whether the context lives takes four calls of the driver, which the engine needs too.
+                    let event = &record.event;
+                    match if look % LOOKS == 0 { event.has_come() } else { event.query() } {
+                        Some(true) => {
+                            record.publish(&memory);
+                            break;
+                        }
                         Some(false) => std::thread::sleep(EVENT_PERIOD),
                         // The context is broken: the record never lands, and neither does any behind it.
                         None => return,
