@@ -130,6 +130,7 @@ def test_a_padded_forward_of_one_rank_begins_with_its_rows() -> None:
         ({"attn_tp_size": 4}, {}, "mooncake", "--moe-a2a-backend mooncake over 4 attention ranks"),
         ({}, {"enable_two_batch_overlap": True}, "none", "--enable-two-batch-overlap"),
         ({}, {"enable_pdmux": True}, "none", "--enable-pdmux"),
+        ({}, {"elastic_ep_backend": "mooncake"}, "none", "--elastic-ep-backend, which may run a forward twice"),
         ({}, {"kt_weight_path": "weights/"}, "none", "--kt-weight-path"),
         ({}, {"disaggregation_decode_enable_offload_kvcache": True}, "none", "requests end where nobody is told"),
         ({"pp_size": 2}, {"enable_dynamic_chunking": True}, "none", "--enable-dynamic-chunking with pipeline stages"),

@@ -249,6 +249,7 @@ class Capturer:
             elif (
                 rows is None
                 or rows.spans is not requests.spans
+                or batch.rids is None
                 or batch.rids != requests.decoding
                 or batch.batch_size != rows.num_rows
             ):

@@ -88,6 +88,7 @@ def refuse_unknown(layout: Layout, args: Any, a2a_backend: Any) -> None:
         f"--moe-a2a-backend {a2a_backend} over {layout.attn_tp_size} attention ranks, each of which has a part of the "
         "tokens": layout.attn_tp_size > 1 and str(a2a_backend) != "none",
         "--enable-two-batch-overlap, which runs each layer twice": getattr(args, "enable_two_batch_overlap", False),
+        "--elastic-ep-backend, which may run a forward twice": getattr(args, "elastic_ep_backend", None),
         "--enable-pdmux, which runs a forward in several parts": getattr(args, "enable_pdmux", False),
         "--enable-dynamic-chunking with pipeline stages, whose trial forwards are of the first stage alone": (
             layout.pp_size > 1 and getattr(args, "enable_dynamic_chunking", False)
