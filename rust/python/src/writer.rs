@@ -42,12 +42,11 @@ impl Writer {
         self.publisher.as_deref_mut().ok_or_else(closed)
     }
 
-    /// Do what may wait for room in the arena. The GIL is kept unless the writer does: to get it back could take longer than
-    /// a copy.
+    /// As [`released`], on the open publisher.
     fn work<T: Send>(&mut self, py: Python<'_>, work: impl FnOnce(&mut Publisher) -> T + Send) -> PyResult<T> {
         let waits = self.waits;
         let publisher = self.open()?;
-        Ok(if waits { py.detach(|| work(publisher)) } else { work(publisher) })
+        Ok(released(py, waits, || work(publisher)))
     }
 
     /// Post the rows that are stated for the next replay of the mailbox's graph.
@@ -60,6 +59,12 @@ impl Writer {
         let published = self.work(py, |publisher| unsafe { publisher.publish_graph(inner, &rows) })?;
         Ok(published.map_err(to_python)?.dropped == 0)
     }
+}
+
+/// Do what may wait for room in the arena. The GIL is kept unless the writer waits: to get it back could take longer than a
+/// copy.
+fn released<T: Send>(py: Python<'_>, waits: bool, work: impl FnOnce() -> T + Send) -> T {
+    if waits { py.detach(work) } else { work() }
 }
 
 fn spans_of(spans: Vec<PySpan>) -> PyResult<Vec<Span>> {
@@ -158,9 +163,7 @@ impl Writer {
         weights: Option<PyReadonlyArray3<'_, f16>>,
         kv_slots: Option<PyReadonlyArray1<'_, u32>>,
     ) -> PyResult<bool> {
-        let waits = self.waits;
-        let publisher = self.open()?;
-        let facts = publisher.facts();
+        let facts = self.open()?.facts();
         let (narrow, wide): (PyReadonlyArray3<'_, u8>, PyReadonlyArray3<'_, u16>);
         let wrong_type = |dtype: &str| {
             let found = experts.getattr("dtype").map_or_else(|_| experts.get_type().to_string(), |d| d.to_string());
@@ -185,9 +188,7 @@ impl Writer {
             kv_slots: kv_slots.as_ref().map(|array| contiguous("kv_slots", array)).transpose()?,
             weights: weights.map(bytemuck::cast_slice),
         };
-        // As `work` does.
-        let published = if waits { py.detach(|| publisher.publish(&rows)) } else { publisher.publish(&rows) };
-        let published = published.map_err(to_python)?;
+        let published = self.work(py, |publisher| publisher.publish(&rows))?.map_err(to_python)?;
         self.positions.clear();
         self.positions.extend_from_slice(rows.positions);
         Ok(published.dropped == 0)
@@ -236,7 +237,7 @@ impl Writer {
             kv_slots: None,
             weights: None,
         };
-        let published = if *waits { py.detach(|| publisher.publish(&rows)) } else { publisher.publish(&rows) };
+        let published = released(py, *waits, || publisher.publish(&rows));
         Ok(published.map_err(to_python)?.dropped == 0)
     }
 
