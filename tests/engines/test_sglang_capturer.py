@@ -590,6 +590,22 @@ def test_a_decode_graph_is_recorded_once_where_its_forward_ends(
     assert engine.tap.active
 
 
+def test_a_decode_graph_of_ranks_that_talk_publishes_behind_their_collectives(
+    capturing: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A branch beside the forward would make each collective slower."""
+    engine = Engine(Layout(1, 0, 1, 0, 2, 1, 1, 0))
+    runner = DecodeCapture(engine, monkeypatch)
+    capturing.on = True
+    with engine.capturer.capturing(runner, 2, runner.forward) as forward:
+        forward(None, None, None)
+    assert runner.happened == ["head", "record"]
+    [(step, num_rows, _)] = runner.recorded
+    assert (num_rows, [ids.shape for ids in step.experts]) == (2, [(2, TOP_K)] * len(LAYERS))
+    engine.collector.close()
+    engine.tap.close()
+
+
 def test_of_a_decode_graph_that_cannot_be_captured_nothing_is_recorded(
     engine: Engine, capturing: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,6 +186,11 @@ def test_the_runner_says_what_the_model_is(sources: Sources) -> None:
         for name in ("get_attention_tp_size", "get_attention_tp_rank", "get_attention_dp_rank"):
             assert sources.find(f"sglang.srt.layers.dp_attention:{name}") is not None
     assert sources.find("sglang.srt.layers.moe.utils:MoeA2ABackend") is not None
+    group = "sglang.srt.distributed.parallel_state"
+    assert sources.find(f"{group}:get_tp_group") is not None
+    needs(sources, "GroupCoordinator", {"ca_comm"}, sources.fields(f"{group}:GroupCoordinator"))
+    own = "sglang.srt.distributed.device_communicators.custom_all_reduce"
+    needs(sources, "its all-reduce", {"disabled"}, sources.fields(f"{own}:CustomAllreduce"))
 
 
 def test_a_layer_says_how_many_experts_it_chooses(sources: Sources) -> None:

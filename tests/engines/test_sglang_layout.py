@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from expert_lens.engines.sglang.layout import Layout, eager_rows, graph_rows, refuse_unknown
+from expert_lens.engines.sglang.layout import Layout, eager_rows, graph_rows, graphs_fork, refuse_unknown
 from expert_lens.errors import EngineHookError, UnsupportedModelError
 from stand_ins import stand_in
 
@@ -98,6 +98,25 @@ def test_without_data_parallel_attention_every_row_of_a_graph_is_ones_own() -> N
     assert graph_rows(8, 8, layout()) == slice(0, 8)
     with pytest.raises(EngineHookError, match="saw 16 tokens"):
         graph_rows(16, 8, layout())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "group", "forks"),
+    [
+        ({}, None, False),
+        ({"attn_dp_size": 2}, None, True),
+        ({"attn_tp_size": 2}, SimpleNamespace(ca_comm=SimpleNamespace(disabled=False)), False),
+        ({"attn_tp_size": 2}, SimpleNamespace(ca_comm=SimpleNamespace(disabled=True)), True),
+        ({"attn_tp_size": 2}, SimpleNamespace(ca_comm=None), True),
+        ({"attn_tp_size": 2}, SimpleNamespace(), True),
+    ],
+)
+def test_graphs_fork_where_ranks_talk_by_nccl(
+    ranks: dict[str, int], group: Any, forks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if group is not None:
+        stand_in(monkeypatch, "sglang.srt.distributed", get_tp_group=lambda: group)
+    assert graphs_fork(layout(**ranks)) == forks
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from expert_lens import graphs
-from expert_lens.engines.sglang.layout import Layout, captured_rows, eager_rows, graph_rows
+from expert_lens.engines.sglang.layout import Layout, captured_rows, eager_rows, graph_rows, graphs_fork
 from expert_lens.engines.sglang.requests import Requests
 from expert_lens.engines.sglang.static import StaticExperts, silence
 from expert_lens.errors import EngineHookError
@@ -440,7 +440,8 @@ class _DecodeGraph:
         self._static = static
         self._mode: str = runner.capture_forward_mode.name
         self._publishes = _is_one_graph(runner) and runner.capture_forward_mode.is_decode()
-        self._layers = _Layers(tap, marks=self._publishes)
+        # A branch of ours among many others would make all of them slower, by more than it hides.
+        self._layers = _Layers(tap, marks=self._publishes and not graphs_fork(layout))
         self._step: Step | None = None
         """All layers' ids, to be published beside the rest of the forward."""
 

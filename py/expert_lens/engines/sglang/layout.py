@@ -8,7 +8,7 @@ from typing import Any
 
 from expert_lens.errors import EngineHookError, UnsupportedModelError
 
-__all__ = ["Layout", "captured_rows", "eager_rows", "graph_rows", "refuse_unknown"]
+__all__ = ["Layout", "captured_rows", "eager_rows", "graph_rows", "graphs_fork", "refuse_unknown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +117,19 @@ def graph_rows(num_ids: int, num_rows: int, layout: Layout) -> slice:
     raise EngineHookError(
         f"a MoE layer saw {num_ids} tokens in a graph of {num_rows}, of {layout.attn_dp_size} data-parallel ranks"
     )
+
+
+def graphs_fork(layout: Layout) -> bool:
+    """Whether decode graphs hold collectives of NCCL, each of which is a branch of its own there.
+
+    With data-parallel attention they do, and with tensor parallelism unless SGLang's own all-reduce is on.
+    """
+    if layout.attn_dp_size > 1 or layout.attn_tp_size == 1:
+        return layout.attn_dp_size > 1
+    from sglang.srt.distributed import get_tp_group
+
+    own = getattr(get_tp_group(), "ca_comm", None)
+    return own is None or bool(getattr(own, "disabled", True))
 
 
 def captured_rows() -> int | None:
