@@ -2,8 +2,8 @@
 
 A benchmark prints one JSON object a figure: name, unit, median, spread (quartiles), and, where the project promises
 one, a bar; what else is in it is shown as it is. Names choose single benchmarks; their part of the page alone is made
-anew. Those named gpu_... need a CUDA device, and are run only when named. `gpu_sglang.py` is none of them: what the
-page has of it are several runs, with options of their own.
+anew. Those named gpu_... need a CUDA device, and are run only when named. `gpu_sglang.py` and `gpu_collectives.py` are
+none of them, as they need SGLang: what the page has of them are several runs, with options of their own.
 """
 
 import datetime
