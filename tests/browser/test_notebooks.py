@@ -1,11 +1,14 @@
 """The notebooks that come with the project, in a real JupyterLab."""
 
+import json
 import shutil
 
+import nbformat
 import polars as pl
 import pytest
 
 import expert_lens
+from children import hear, say, start
 from laboratory import ROOT, Lab, Notebook
 from test_heatmap import View, wait_for
 
@@ -56,3 +59,65 @@ def test_a_recorded_server_plays_in_the_heatmap_and_is_all_there(lab: Lab) -> No
     finally:
         notebook.page.context.close()
         lab.shut_kernels()
+
+
+SERVER = """
+import json, sys
+import torch
+import expert_lens
+from expert_lens import demo
+
+torch.set_num_threads(1)
+model, tokenizer = demo.load()
+lens = expert_lens.attach(model, name="served")
+print("ready", flush=True)
+sys.stdin.readline()
+for domain, texts in list(demo.prompts().items())[:6]:
+    with lens.request(domain):
+        model.generate(**tokenizer(texts[0], return_tensors="pt"), max_new_tokens=64, do_sample=True)
+print(json.dumps({"tokens": lens.stats["tokens"], "counts": lens.counts().tolist()}), flush=True)
+sys.stdin.readline()
+lens.close()
+"""
+
+
+def test_a_running_server_is_watched_by_its_name(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The notebook in which only the name is filled in, and a cell of this test's at its end but one."""
+    page = nbformat.read(NOTEBOOKS / "sglang_live.ipynb", as_version=4)
+    code = [cell for cell in page.cells if cell.cell_type == "code"]
+    assert code[0].source.count("\nSERVER = None ") == 1
+    code[0].source = code[0].source.replace("\nSERVER = None ", '\nSERVER = "served" ')
+    code[-1].source = "import json\nprint(json.dumps(lens.counts().tolist()))\n" + code[-1].source
+    nbformat.write(page, lab.root / "by_name.ipynb")
+    monkeypatch.setenv("EXPERT_LENS_DIR", str(lab.root.parent / "arenas"))
+    with start(SERVER) as server:
+        try:
+            assert hear(server) == "ready"
+            notebook = lab.open("by_name.ipynb", height=1400)
+            cells = code_cells(notebook)
+            notebook.run(cells[0])
+            view = View(notebook)
+            notebook.run(cells[1])
+            assert "served" in notebook.output(cells[1])
+            notebook.activate(cells[0])
+            say(server)
+            seen = set()
+
+            def moves() -> bool:
+                seen.add(view.pixels())
+                return len(seen) >= 5
+
+            wait_for(moves, notebook, 20)
+            theirs = json.loads(hear(server))
+            view.wait_for_tokens(theirs["tokens"])
+            notebook.picture("sglang-live-by-name")
+            say(server)
+            for cell in cells[2:]:
+                notebook.run(cell)
+            assert json.loads(notebook.output(cells[-1])) == theirs["counts"]
+            assert "uint8" in notebook.output(cells[4])  # the experts of a request that is whole
+        finally:
+            server.kill()
+            for context in lab.browser.contexts:
+                context.close()
+            lab.shut_kernels()
