@@ -10,7 +10,7 @@ use half::f16;
 use numpy::{Element, PyReadonlyArray1, PyReadonlyArray3, PyReadonlyArrayDyn};
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::pybacked::PyBackedStr;
+use pyo3::types::{PySequence, PyString, PyTuple};
 use std::path::PathBuf;
 
 /// The publishing end of one arena.
@@ -34,8 +34,6 @@ enum Column<'py> {
     Host(PyReadonlyArray1<'py, u32>),
     Device(u64),
 }
-
-type PySpan = (u64, PyBackedStr, u32, u32, u32, PyBackedStr);
 
 impl Writer {
     fn open(&mut self) -> PyResult<&mut Publisher> {
@@ -67,12 +65,27 @@ fn released<T: Send>(py: Python<'_>, waits: bool, work: impl FnOnce() -> T + Sen
     if waits { py.detach(work) } else { work() }
 }
 
-fn spans_of(spans: Vec<PySpan>) -> PyResult<Vec<Span>> {
-    let span = |(number, request, first_row, rows, prompt_tokens, phase): PySpan| {
-        let request = request.to_string();
-        Ok(Span { number, request, first_row, rows, prompt_tokens, phase: phase_of(&phase)? })
-    };
-    spans.into_iter().map(span).collect()
+/// The spans in a sequence of tuples. A batch of hundreds is stated between two steps, so what can be is read where it lies.
+fn spans_of(spans: &Bound<'_, PySequence>) -> PyResult<Vec<Span>> {
+    let mut found = Vec::with_capacity(spans.len()?);
+    for span in spans.try_iter()? {
+        let span = span?;
+        let span = span.cast::<PyTuple>()?;
+        if span.len() != 6 {
+            return Err(PyValueError::new_err(format!("a span of {} values, and it has 6", span.len())));
+        }
+        let number = |at| span.get_borrowed_item(at)?.extract();
+        let (request, phase) = (span.get_borrowed_item(1)?, span.get_borrowed_item(5)?);
+        found.push(Span {
+            number: span.get_borrowed_item(0)?.extract()?,
+            request: request.cast::<PyString>()?.to_str()?.to_owned(),
+            first_row: number(2)?,
+            rows: number(3)?,
+            prompt_tokens: number(4)?,
+            phase: phase_of(phase.cast::<PyString>()?.to_str()?)?,
+        });
+    }
+    Ok(found)
 }
 
 fn closed() -> PyErr {
@@ -149,7 +162,7 @@ impl Writer {
         })
     }
 
-    fn set_batch(&mut self, spans: Vec<PySpan>) -> PyResult<()> {
+    fn set_batch(&mut self, spans: &Bound<'_, PySequence>) -> PyResult<()> {
         self.open()?.set_batch(spans_of(spans)?).map_err(to_python)
     }
 
@@ -292,7 +305,7 @@ impl Writer {
     fn publish_prefix(
         &mut self,
         py: Python<'_>,
-        spans: Vec<PySpan>,
+        spans: &Bound<'_, PySequence>,
         kv_slots: Column<'_>,
         device: Option<i32>,
         stream: u64,
