@@ -116,9 +116,10 @@ def download(version: str | None) -> Sources:
     command = [sys.executable, "-m", "pip", "download", "-q", "-d", str(FOLDER), *WHEEL, wanted]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    wheels = sorted(FOLDER.glob(f"sglang-{version or '*'}-*.whl"), key=lambda path: _number(path.name.split("-")[1]))
+    wheels = sorted(FOLDER.glob(f"sglang-{version or '*'}-*.whl"), key=lambda path: number(path.name.split("-")[1]))
     return Sources(wheels[-1])
 
 
-def _number(version: str) -> tuple[int, ...]:
+def number(version: str) -> tuple[int, ...]:
+    """By which releases are in order."""
     return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in version.split("."))

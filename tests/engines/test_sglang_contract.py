@@ -1,6 +1,7 @@
 """Whether SGLang's releases have what expert_lens holds on to: looked for in their sources, not in our own code's way.
 
-The newest release that the registry has is among them, so that one which breaks us is seen when it comes out.
+All of them from the oldest that is known on, and the newest that the registry has, so that one which breaks us is seen
+when it comes out.
 """
 
 import ast
@@ -11,12 +12,15 @@ import pytest
 
 from expert_lens.engines.sglang import contract, layout, model, requests
 from expert_lens.engines.sglang.contract import OLDEST
-from sglang_sources import Sources, download
+from sglang_sources import Sources, download, number
 
-BETWEEN = "0.5.15"
+RELEASED = (
+    OLDEST, "0.5.12", "0.5.13.post1", "0.5.14", "0.5.15", "0.5.16", "0.5.17", "0.5.18", "0.5.19", "0.5.20", "0.5.21",
+    "0.5.22",
+)  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[OLDEST, BETWEEN, None], ids=[OLDEST, BETWEEN, "newest"])
+@pytest.fixture(scope="module", params=[*RELEASED, None], ids=[*RELEASED, "newest"])
 def sources(request: pytest.FixtureRequest) -> Sources:
     return download(request.param)
 
@@ -110,13 +114,18 @@ def test_a_decode_graph_has_its_inputs_and_can_be_found(sources: Sources) -> Non
         "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner",
         "sglang.srt.model_executor.cuda_graph_runner:CudaGraphRunner",
     )
-    buffers = first(
-        sources,
-        "sglang.srt.model_executor.runner_utils.buffers:DecodeInputBuffers",
-        "sglang.srt.model_executor.cuda_graph_runner:DecodeInputBuffers",
-    )
-    needs(sources, buffers, {"input_ids", "positions", "out_cache_loc"}, sources.fields(buffers))
     module, _, name = runner.partition(":")
+    inputs = {"input_ids", "positions", "out_cache_loc"}
+    if sources.find(f"{module}:_allocate_decode_buffers") is not None:  # 0.5.13 alone, in a namespace
+        given = re.findall(r"(\w+)=", sources.unparsed(f"{module}:_allocate_decode_buffers").rpartition("return")[2])
+        needs(sources, "what it allocates", inputs, set(given))
+    else:
+        buffers = first(
+            sources,
+            "sglang.srt.model_executor.runner_utils.buffers:DecodeInputBuffers",
+            "sglang.srt.model_executor.cuda_graph_runner:DecodeInputBuffers",
+        )
+        needs(sources, buffers, inputs, sources.fields(buffers))
     backend = {"backend"} if name == "DecodeCudaGraphRunner" else set()
     needs(sources, runner, {"buffers", "capture_forward_mode"} | backend, sources.fields(runner))
     told = sources.text(module) + sources.text("sglang.srt.model_executor.runner.base_runner")
@@ -142,7 +151,7 @@ def test_a_decode_graph_has_its_inputs_and_can_be_found(sources: Sources) -> Non
 def test_drafted_tokens_are_judged_where_we_listen(sources: Sources) -> None:
     """Older releases judge them elsewhere: there, their rows count as dropped."""
     path = contract.VERIFY.paths[0]
-    if sources.version == OLDEST:
+    if number(sources.version) < (0, 5, 14):
         assert sources.find(path) is None
         return
     assert set(contract.VERIFY.parameters) <= (sources.parameters(path) or set())
@@ -180,7 +189,7 @@ def test_the_runner_says_what_the_model_is(sources: Sources) -> None:
     if sources.find(f"{context}:get_parallel") is not None:
         told = set(re.findall(r"\w+", sources.text(context)))
         needs(sources, context, here, told)
-        needs(sources, "where ranks are told", {"dp_rank"}, told | found)
+        assert _tells_its_replica(sources, runner, context), f"SGLang {sources.version} does not tell dp_rank"
     else:
         needs(sources, "ModelRunner", {"pp_size", "pp_rank"}, found)
         for name in ("get_attention_tp_size", "get_attention_tp_rank", "get_attention_dp_rank"):
@@ -191,6 +200,17 @@ def test_the_runner_says_what_the_model_is(sources: Sources) -> None:
     needs(sources, "GroupCoordinator", {"ca_comm"}, sources.fields(f"{group}:GroupCoordinator"))
     own = "sglang.srt.distributed.device_communicators.custom_all_reduce"
     needs(sources, "its all-reduce", {"disabled"}, sources.fields(f"{own}:CustomAllreduce"))
+
+
+def _tells_its_replica(sources: Sources, runner: str, context: str) -> bool:
+    """Whether the runner has the rank of a data-parallel replica, or has it in its `ps`, or the context has it."""
+    found = sources.fields(f"{runner}:ModelRunner")
+    state = "sglang.srt.distributed.parallel_state_wrapper:ParallelState"
+    if "dp_rank" in found:
+        return True
+    if "ps" in found and sources.find(state) is not None:
+        return "dp_rank" in sources.fields(state)
+    return re.search(r"""["']dp_rank["']""", sources.text(context)) is not None
 
 
 def test_a_layer_says_how_many_experts_it_chooses(sources: Sources) -> None:
@@ -214,8 +234,9 @@ def test_what_else_is_asked_by_its_name(sources: Sources) -> None:
     runner = "sglang.srt.model_executor.model_runner"
     if "kv_index_translator" in sources.text(runner):
         translator = "sglang.srt.mem_cache.kv_index_translator:KVIndexTranslator"
-        asked = {"is_translating", "capture_token_capacity"}
-        needs(sources, translator, asked, sources.fields(translator))
+        needs(sources, translator, {"is_translating"}, sources.fields(translator))
+        if "capture_token_capacity" not in sources.fields(translator):
+            assert "num_tokens=self.max_token_pool_size + self.page_size" in sources.text(runner)
         needs(sources, "ModelRunner", {"max_token_pool_size"}, sources.fields(f"{runner}:ModelRunner"))
 
 
@@ -228,8 +249,12 @@ def test_an_engine_tells_its_processes_and_how_many_publish(sources: Sources) ->
     assert sources.find("sglang.srt.plugins:load_plugins") is not None
 
 
-NEWER = {"enable_flexkv", "enable_unified_cache_external_linker", "radix_cache_backend"}
-"""Options that the oldest release has not."""
+SINCE = {
+    "radix_cache_backend": (0, 5, 13),
+    "enable_flexkv": (0, 5, 16),
+    "enable_unified_cache_external_linker": (0, 5, 20),
+}
+"""The first releases that have these options."""
 
 
 def test_the_options_that_are_asked_for_are_those_that_it_has(sources: Sources) -> None:
@@ -239,7 +264,5 @@ def test_the_options_that_are_asked_for_are_those_that_it_has(sources: Sources) 
     asked = {*re.findall(r'getattr\((?:runner\.server_)?args, "(\w+)"', text), "attn_cp_size", *model.CACHES_ELSEWHERE}
     assert len(asked) >= 14
     has = sources.fields("sglang.srt.server_args:ServerArgs") | sources.annotated("sglang/srt/arg_groups/fields/")
-    lacking = asked - has - (NEWER if sources.version == OLDEST else set())
-    if sources.version == BETWEEN:
-        lacking -= {"enable_flexkv", "enable_unified_cache_external_linker"}
+    lacking = asked - has - {option for option, since in SINCE.items() if number(sources.version) < since}
     assert not lacking, f"SGLang {sources.version} has no option {', '.join(sorted(lacking))}"

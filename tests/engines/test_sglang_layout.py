@@ -42,11 +42,15 @@ PARALLEL: dict[str, int] = {
 """What SGLang says of the second stage of an engine without data-parallel attention."""
 
 
-@pytest.mark.parametrize("told", ["by the runner", "beside the other ranks", "nowhere"])
+@pytest.mark.parametrize("told", ["by the runner", "in its ps", "beside the other ranks", "nowhere"])
 def test_a_process_knows_which_replica_it_is_of(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Releases say it in two places; without replicas they say None."""
-    here = SimpleNamespace(**PARALLEL, dp_rank=3 if told == "beside the other ranks" else None)
-    runner = SimpleNamespace(dp_rank=3) if told == "by the runner" else SimpleNamespace()
+    """Releases say it in three places; without replicas they say None."""
+    here = SimpleNamespace(**PARALLEL, **({"dp_rank": 3} if told == "beside the other ranks" else {}))
+    runner = SimpleNamespace(server_args=SimpleNamespace(dp_size=1 if told == "nowhere" else 4))
+    if told == "by the runner":
+        runner.dp_rank = 3
+    elif told == "in its ps":
+        runner.ps = SimpleNamespace(dp_rank=3)
     stand_in(monkeypatch, "sglang.srt.runtime_context", get_parallel=lambda: here)
     replica = 0 if told == "nowhere" else 3
     assert Layout.of(runner) == layout(pp_size=2, pp_rank=1, attn_tp_size=2, replica=replica)
@@ -55,7 +59,15 @@ def test_a_process_knows_which_replica_it_is_of(told: str, monkeypatch: pytest.M
 def test_the_ranks_of_data_parallel_attention_are_no_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
     here = SimpleNamespace(**{**PARALLEL, "attn_dp_size": 2, "attn_dp_rank": 1}, dp_rank=1)
     stand_in(monkeypatch, "sglang.srt.runtime_context", get_parallel=lambda: here)
-    assert Layout.of(SimpleNamespace()).publishing_rank == 1 * 2 + 1  # the second rank's second stage
+    runner = SimpleNamespace(server_args=SimpleNamespace(dp_size=2))
+    assert Layout.of(runner).publishing_rank == 1 * 2 + 1  # the second rank's second stage
+
+
+def test_a_replica_that_nobody_tells_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all of them would publish as the first one."""
+    stand_in(monkeypatch, "sglang.srt.runtime_context", get_parallel=lambda: SimpleNamespace(**PARALLEL))
+    with pytest.raises(UnsupportedModelError, match="2 data-parallel replicas, and this release of SGLang does not"):
+        Layout.of(SimpleNamespace(server_args=SimpleNamespace(dp_size=2)))
 
 
 @pytest.mark.parametrize("by_attention", [True, False])

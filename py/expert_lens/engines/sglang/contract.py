@@ -29,7 +29,7 @@ __all__ = [
 
 OLDEST, NEWEST = "0.5.11", "0.5.23"
 RELEASES = f"{OLDEST} to {NEWEST}"
-"""Releases that the places were looked up in; the tests look into the oldest, the newest and one between."""
+"""Releases that the places were looked up in; the tests look into each of them."""
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,7 @@ class Layout:
             args = runner.server_args
             by_attention = dp_attention.is_dp_attention_enabled()
             if args.dp_size > 1 and not by_attention:
-                raise UnsupportedModelError(
-                    f"{args.dp_size} data-parallel replicas, and this release of SGLang does not tell its model which "
-                    "one it is. Use --enable-dp-attention, or SGLang 0.5.15 or newer."
-                ) from None
+                raise _untold(args.dp_size) from None
             return cls(
                 pp_size=runner.pp_size,
                 pp_rank=runner.pp_rank,
@@ -50,10 +47,12 @@ class Layout:
                 replica=0,
             )
         here = get_parallel()
-        replica = getattr(runner, "dp_rank", None)
-        if replica is None:
-            replica = getattr(here, "dp_rank", None)
         by_attention = here.attn_dp_size > 1
+        # 0.5.16 to 0.5.20 tell it in `ps`, from 0.5.22 on it is beside the other ranks.
+        told = [getattr(place, "dp_rank", None) for place in (runner, getattr(runner, "ps", None), here)]
+        replica = next((rank for rank in told if rank is not None), None)
+        if replica is None and runner.server_args.dp_size > 1 and not by_attention:
+            raise _untold(runner.server_args.dp_size)
         return cls(
             pp_size=here.pp_size,
             pp_rank=here.pp_rank,
@@ -74,6 +73,13 @@ class Layout:
         if self.attn_tp_rank:
             return None
         return (self.replica * self.attn_dp_size + self.attn_dp_rank) * self.pp_size + self.pp_rank
+
+
+def _untold(replicas: int) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{replicas} data-parallel replicas, and this release of SGLang does not tell its model which one it is. Use "
+        "--enable-dp-attention, or SGLang 0.5.15 or newer."
+    )
 
 
 def refuse_unknown(layout: Layout, args: Any, a2a_backend: Any) -> None:

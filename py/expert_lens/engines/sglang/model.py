@@ -89,10 +89,10 @@ def facts(runner: Any) -> dict[str, Any]:
 
 def _num_slots(runner: Any) -> int:
     """One more than the largest KV slot."""
+    size = getattr(runner, "max_token_pool_size", None) or runner.max_total_num_tokens  # before 0.5.18
     translator = getattr(runner, "kv_index_translator", None)
-    if translator is not None:
-        return int(translator.capture_token_capacity(runner.max_token_pool_size))
-    return int(runner.max_total_num_tokens + runner.page_size)
+    capacity = getattr(translator, "capture_token_capacity", None)  # before 0.5.21 there is none
+    return int(size + runner.page_size if capacity is None else capacity(size))
 
 
 def _slots_are_lasting(runner: Any) -> bool:
