@@ -55,7 +55,9 @@ class Engine:
         self.tap = Tap(Writer("scheduler", **FACTS, kv_slots=1000), **FACTS)
         self.native = Native()
         table = torch.arange(40 * 100, dtype=torch.int32).reshape(40, 100) % 1000
-        runner = SimpleNamespace(device="cpu", req_to_token_pool=SimpleNamespace(req_to_token=table))
+        runner = SimpleNamespace(
+            device="cpu", req_to_token_pool=SimpleNamespace(req_to_token=table), server_args=SimpleNamespace()
+        )
         self.capturer = Capturer(runner, self.native, self.tap, layout, max_rows=64, slots=True)
         self.capturer._on_gpu = True  # as far as captures of graphs go, which tests pretend
         self.collector = Collector("scheduler")

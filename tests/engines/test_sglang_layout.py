@@ -112,23 +112,35 @@ def test_without_data_parallel_attention_every_row_of_a_graph_is_ones_own() -> N
         graph_rows(16, 8, layout())
 
 
+def group(world_size: int = 2, disabled: bool | None = False) -> Any:
+    """A group of ranks as SGLang has it; `disabled`: its own all-reduce, None: it has none."""
+    own = None if disabled is None else SimpleNamespace(disabled=disabled)
+    return SimpleNamespace(world_size=world_size, ca_comm=own)
+
+
 @pytest.mark.parametrize(
-    ("ranks", "group", "forks"),
+    ("ranks", "groups", "symmetric", "forks"),
     [
-        ({}, None, False),
-        ({"attn_dp_size": 2}, None, True),
-        ({"attn_tp_size": 2}, SimpleNamespace(ca_comm=SimpleNamespace(disabled=False)), False),
-        ({"attn_tp_size": 2}, SimpleNamespace(ca_comm=SimpleNamespace(disabled=True)), True),
-        ({"attn_tp_size": 2}, SimpleNamespace(ca_comm=None), True),
-        ({"attn_tp_size": 2}, SimpleNamespace(), True),
+        ({}, None, False, False),
+        ({"attn_dp_size": 2}, None, False, True),
+        ({"attn_tp_size": 2}, [group(), group(1, None), group()], False, False),
+        ({"attn_tp_size": 2}, [group(), group(), group(1, None)], False, False),
+        ({"attn_tp_size": 2}, [group(disabled=True), group(1), group(disabled=True)], False, True),
+        ({"attn_tp_size": 2}, [group(disabled=None), group(1), group(disabled=None)], False, True),
+        ({"attn_tp_size": 4}, [group(4), group(2, None), group(2, None)], False, True),
+        ({"attn_tp_size": 2}, [group(), group(1), group()], True, True),
+        ({"attn_tp_size": 2}, [], False, True),
     ],
 )
 def test_graphs_fork_where_ranks_talk_by_nccl(
-    ranks: dict[str, int], group: Any, forks: bool, monkeypatch: pytest.MonkeyPatch
+    ranks: dict[str, int], groups: list[Any] | None, symmetric: bool, forks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if group is not None:
-        stand_in(monkeypatch, "sglang.srt.distributed", get_tp_group=lambda: group)
-    assert graphs_fork(layout(**ranks)) == forks
+    """Also where what was asked has another name: the capture does not depend on it."""
+    if groups is not None:
+        names = ("get_tp_group", "get_moe_ep_group", "get_moe_tp_group")
+        state = {name: lambda found=found: found for name, found in zip(names, groups, strict=False)}
+        stand_in(monkeypatch, "sglang.srt.distributed.parallel_state", **state)
+    assert graphs_fork(layout(**ranks), SimpleNamespace(enable_symm_mem=symmetric)) == forks
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])

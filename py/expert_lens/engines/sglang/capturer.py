@@ -3,8 +3,8 @@
 Where the ids of a forward come from depends on how SGLang runs it:
 
 * eager: each layer hands over its ids; they are packed when the forward ends (`tap`).
-* a decode CUDA graph: captured once a batch size with our kernels beside what comes behind the last layer's choice;
-  each replay publishes by itself (`graphs`).
+* a decode CUDA graph: captured once a batch size with our kernels beside what comes behind the last layer's choice, or
+  behind the forward (`graphs_fork`); each replay publishes by itself (`graphs`).
 * other graphs and compiled code, mostly of prefill: no line of Python runs in them, so while they are captured or
   traced the ids' copy into a static buffer becomes part of them, and the forward's end publishes from there.
 
@@ -215,7 +215,8 @@ class Capturer:
             self._decode_graph = None
 
     def _begin_capture(self, runner: Any, size: int) -> None:
-        self._decode_graph = _DecodeGraph(self.tap, runner, size, self._layout, self._slots, self._static)
+        args = self._runner.server_args
+        self._decode_graph = _DecodeGraph(self.tap, runner, args, size, self._layout, self._slots, self._static)
 
     def follow(self, graph: Any) -> None:
         """Have replays of the decode graph that was captured publish; inside of `capturing`.
@@ -429,7 +430,9 @@ class _Layers:
 class _DecodeGraph:
     """A decode graph while it is captured, of `size` requests."""
 
-    def __init__(self, tap: Tap, runner: Any, size: int, layout: Layout, slots: bool, static: StaticExperts) -> None:
+    def __init__(
+        self, tap: Tap, runner: Any, args: Any, size: int, layout: Layout, slots: bool, static: StaticExperts
+    ) -> None:
         self.recorded: GraphStep | None = None
         self._tap = tap
         self._buffers = runner.buffers
@@ -441,7 +444,7 @@ class _DecodeGraph:
         self._mode: str = runner.capture_forward_mode.name
         self._publishes = _is_one_graph(runner) and runner.capture_forward_mode.is_decode()
         # A branch of ours among many others would make all of them slower, by more than it hides.
-        self._layers = _Layers(tap, marks=self._publishes and not graphs_fork(layout))
+        self._layers = _Layers(tap, marks=self._publishes and not graphs_fork(layout, args))
         self._step: Step | None = None
         """All layers' ids, to be published beside the rest of the forward."""
 

@@ -125,17 +125,25 @@ def graph_rows(num_ids: int, num_rows: int, layout: Layout) -> slice:
     )
 
 
-def graphs_fork(layout: Layout) -> bool:
-    """Whether decode graphs hold collectives of NCCL, each of which is a branch of its own there.
+def graphs_fork(layout: Layout, args: Any) -> bool:
+    """Whether each layer has a collective of NCCL in decode graphs, which is a branch of its own there.
 
-    With data-parallel attention they do, and with tensor parallelism unless SGLang's own all-reduce is on.
+    With data-parallel attention it has, and with tensor or expert parallelism unless SGLang's own all-reduce, a kernel
+    like others, is on in all groups of ranks that a layer may ask. True where that cannot be told.
     """
-    if layout.attn_dp_size > 1 or layout.attn_tp_size == 1:
-        return layout.attn_dp_size > 1
-    from sglang.srt.distributed import get_tp_group
+    if layout.attn_dp_size > 1:
+        return True
+    if layout.attn_tp_size == 1:
+        return False
+    try:
+        from sglang.srt.distributed import parallel_state
 
-    own = getattr(get_tp_group(), "ca_comm", None)
-    return own is None or bool(getattr(own, "disabled", True))
+        groups = [parallel_state.get_tp_group(), parallel_state.get_moe_ep_group(), parallel_state.get_moe_tp_group()]
+        return getattr(args, "enable_symm_mem", False) or any(
+            group.world_size > 1 and group.ca_comm.disabled for group in groups
+        )
+    except Exception:  # another release's groups, or one without that all-reduce: the capture does not depend on it
+        return True
 
 
 def captured_rows() -> int | None:
