@@ -153,26 +153,29 @@ class Tap:
         """The layers that did not hand over anything in this step."""
         return tuple(layer for layer, ids in zip(self.layers, step.experts, strict=True) if ids is None)
 
-    def pack(self, step: Step, num_rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def pack(self, step: Step, num_rows: int, own: slice | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The step's experts [num_rows, L, K] and weights f16 of the same shape or None, on the device of the model.
 
-        Experts are u8, or i16 with the bits of u16, of which torch can do little.
+        Experts are u8, or i16 with the bits of u16, of which torch can do little. `own`: these of the rows alone, where
+        a step [n, K] has others that hold anything.
 
         Raises UnsupportedModelError when ids have another shape, or lie outside 0 .. num_experts - 1.
         """
-        wide = self._cat(step)
+        wide = self._cat(step) if own is None else self._cat(step)[own]
         if not self._checked or not (self._narrow or wide.is_cuda):
             self.check_shape(step, num_rows)
             self._check_range(wide)
-        return self._narrowed(step, wide, num_rows)
+        return self._narrowed(step, wide, num_rows, own)
 
     def join(self, step: Step, num_rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `pack`, without a look at the values: inside a CUDA graph there are none yet."""
         return self._narrowed(step, self._cat(step), num_rows)
 
-    def _narrowed(self, step: Step, wide: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        shape = (num_rows, len(self.layers), self.top_k)
-        weights = self.chosen_weights(step)
+    def _narrowed(
+        self, step: Step, wide: torch.Tensor, num_rows: int, own: slice | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = (num_rows if own is None else len(wide), len(self.layers), self.top_k)
+        weights = [one if own is None else one[own] for one in self.chosen_weights(step)]
         return (
             wide.to(self._dtype).reshape(shape),
             torch.cat(weights, dim=-1).detach().to(torch.float16).reshape(shape) if weights else None,

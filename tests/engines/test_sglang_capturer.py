@@ -398,6 +398,22 @@ def test_data_parallel_ranks_have_their_own_rows() -> None:
     engine.tap.close()
 
 
+@pytest.mark.usefixtures("capturing")
+def test_rows_that_pad_may_hold_what_is_no_expert() -> None:
+    """SGLang masks them by -1, and where there are 256 experts each forward's ids are looked at."""
+    assert EXPERTS == 256
+    engine = Engine(Layout(1, 0, 1, 0, 2, 1, 1, 0))
+    for start in range(3):
+        experts = engine.experts(8)
+        experts[[1, 2, 3, 5, 6, 7]] = -1
+        batch = engine.batch("DECODE", ["a"], [start], [1], pad=3, global_num_tokens_cpu=[4, 4])
+        engine.forward(batch, experts)
+        np.testing.assert_array_equal(engine.rows("a")["experts"][start:], experts[4:5].numpy())
+    assert engine.tap.error is None
+    engine.collector.close()
+    engine.tap.close()
+
+
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """What SGLang says of data-parallel ranks in the forward that is being captured."""

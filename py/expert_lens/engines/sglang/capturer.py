@@ -351,8 +351,7 @@ class Capturer:
             if first is None:
                 raise silence(self.tap.silent_layers(step), f"a forward in mode {batch.forward_mode.name}")
             begin = eager_rows(len(first), len(batch.input_ids), batch.global_num_tokens_cpu, self._layout)
-            experts, _ = self.tap.pack(step, len(first))
-            experts = experts[begin : begin + num_rows]
+            experts, _ = self.tap.pack(step, len(first), slice(begin, begin + num_rows))  # others may hold anything
         else:
             experts, there = self._static.take(num_rows, batch.forward_mode.name)
             if len(positions) == num_rows:
