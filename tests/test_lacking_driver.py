@@ -97,6 +97,27 @@ writer.close()
 """
 
 
+POSTED = """
+import ctypes
+import numpy as np
+from expert_lens._core import Writer
+
+writer = Writer("posted", layers=[0], num_experts=4, top_k=1)
+path = writer.path
+writer.set_batch([(1, "a", 0, 1, 1, "prefill")])
+mailbox = writer.mailbox(0, [], entries=2)
+try:
+    mailbox.set_rows(2, token_ids=False, positions=np.zeros(1, np.uint32), kv_slots=False)
+except ValueError as error:
+    print(error)
+mailbox.set_rows(1, token_ids=False, positions=np.zeros(1, np.uint32), kv_slots=False)
+assert writer.publish_graph(mailbox)
+ctypes.CDLL("libcuda.so.1").reset()
+writer.close()
+print(any(path in line for line in open("/proc/self/maps")))
+"""
+
+
 VOID_BEHIND_A_STREAM_THAT_HANGS = """
 import ctypes
 import numpy as np
@@ -257,6 +278,15 @@ def test_of_a_context_that_was_reset_nothing_is_given_back(libraries: Path, lack
     """What was pinned and made in it is gone; to name it once more would name something else, in the next one."""
     left = "1 pinned, 0 retained, [1-3] events, 0 late"
     assert publish(libraries, f"122 {lacks}", reset=True, left=left) == ("event", "")
+
+
+@pytest.mark.parametrize("lacks", ["", "another context"])
+def test_a_record_on_its_way_in_a_context_that_was_reset_comes_no_more(libraries: Path, lacks: str) -> None:
+    """So the arena is given back: no device knows it any more."""
+    done = run(libraries, lacks, POSTED)
+    assert done.stdout == "1 positions, and 2 rows need 2\nFalse\n"
+    left = "2 pinned, 0 retained, 0 events, 0 late"  # the arena and the mailbox, which the reset took
+    assert re.search(f"left: {left}$", done.stderr, re.MULTILINE), done.stderr
 
 
 @pytest.mark.parametrize("lacks", ["", "another context"])

@@ -274,7 +274,7 @@ class Mailbox:
         token_ids, kv_slots: whether the graph writes them; positions: u32 [n], or None if the graph writes them. Its
         kernels must write these sections, as `expert_lens.kernels` does, for num_rows rows.
 
-        Raises ValueError for positions that are not C-contiguous.
+        Raises ValueError for positions that are not C-contiguous, or not as many as the rows.
         """
 
     def pass_over(self) -> None:

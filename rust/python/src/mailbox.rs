@@ -5,6 +5,7 @@ use crate::detached::Detached;
 use crate::errors::to_python;
 use expert_lens_arena::GraphRows;
 use numpy::PyReadonlyArray1;
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 /// The mailbox of one CUDA graph.
@@ -42,6 +43,12 @@ impl Mailbox {
     ) -> PyResult<()> {
         let positions =
             positions.as_ref().map(|array| contiguous("positions", array)).transpose()?.map(<[u32]>::to_vec);
+        if let Some(positions) = &positions
+            && positions.len() != num_rows
+        {
+            let found = positions.len();
+            return Err(PyValueError::new_err(format!("{found} positions, and {num_rows} rows need {num_rows}")));
+        }
         self.rows = Some(ReplayRows { rows: num_rows, token_ids, positions, kv_slots });
         Ok(())
     }

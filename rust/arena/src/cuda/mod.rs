@@ -209,16 +209,19 @@ impl Pinned {
     /// Store `value` at word `at` once that raw stream has come so far, if `instead_of` stands there still: the device may
     /// have published the record itself.
     pub fn publish_behind(&mut self, ordinal: i32, stream: u64, at: usize, value: u64, instead_of: u64) -> Result<()> {
-        let of = self.device(ordinal)?;
-        let context = self.devices[of].context;
-        let _entered = self.driver.enter(context)?;
-        let said =
-            self.watcher().and_then(|watcher| watcher.watch(stream as Handle, context, at, value, Some(instead_of)));
+        let said = self.watch_behind(ordinal, stream as Handle, at, value, instead_of);
         if said.is_err() {
             // The graph may publish it or not, so that it cannot be told which record is still on its way.
             self.refused.push(None);
         }
         said
+    }
+
+    fn watch_behind(&mut self, ordinal: i32, stream: Handle, at: usize, value: u64, instead_of: u64) -> Result<()> {
+        let of = self.device(ordinal)?;
+        let context = self.devices[of].context;
+        let _entered = self.driver.enter(context)?;
+        self.watcher()?.watch(stream, context, at, value, Some(instead_of))
     }
 
     /// What the driver said of a record on that stream, which lands no more if it refused; the context is current.
@@ -294,7 +297,8 @@ impl Pinned {
     /// [`LANDING_TIMEOUT`], the mapping is leaked, pinned as it is, because a device may still write to it. Of records that
     /// the driver has refused it is enough that their streams have done what they were given, which is looked at and not
     /// waited for: somebody may capture a graph meanwhile, and synchronising a context would end that. An event may be
-    /// awaited of a record that is no longer on its way: a void one that its graph has published all the same.
+    /// awaited of a record that is no longer on its way: a void one that its graph has published all the same. Where every
+    /// context was reset nothing is on its way any more, whatever has not landed.
     pub fn settle(&mut self, in_flight: impl Fn() -> usize) {
         let deadline = Instant::now() + LANDING_TIMEOUT;
         let _relaxed = self.driver.relax();
@@ -303,6 +307,9 @@ impl Pinned {
             let mut refused = self.refused.iter().map(|event| event.as_ref().and_then(Event::has_come));
             let done = watched.and_then(|done| refused.try_fold(done, |done, has_come| Some(has_come? && done)));
             if done == Some(true) && in_flight() <= self.refused.len() {
+                return;
+            }
+            if !self.devices.iter().any(|device| self.driver.lives(device.context)) {
                 return;
             }
             if done.is_none() || Instant::now() >= deadline {
