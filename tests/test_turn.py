@@ -27,8 +27,11 @@ def test_one_has_it_at_a_time() -> None:
         with turn as held:
             return held
 
+    assert not turn.is_mine
     with turn as held:
         assert held
+        assert turn.is_mine
+        assert not elsewhere(lambda: turn.is_mine)
         assert not elsewhere(get)
         assert not get(), "it is had already"
         assert not elsewhere(get), "and not given back by that"

@@ -324,6 +324,10 @@ class Turn:
     """
 
     def __init__(self) -> None: ...
+    @property
+    def is_mine(self) -> bool:
+        """Whether the thread that asks has it."""
+
     def __enter__(self) -> bool: ...
     def __exit__(self, kind: object, error: object, trace: object, /) -> None: ...
 

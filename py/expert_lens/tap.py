@@ -1,9 +1,9 @@
 """The tap: holds one forward's top-k tensors and hands them, packed once, to the writer.
 
-A forward goes `begin` → `layer` for each routed layer → `end` → `publish`. `layer` keeps a reference and does
-nothing else; `pack` makes the one concatenation and cast. What is held belongs to the thread that runs the forward, so
-several threads may run the model at once. Nothing here waits: a thread that finds another one publishing leaves
-its step in a short queue, and that other thread publishes it.
+A forward goes `begin` → `layer` for each routed layer → `end` → `publish`. `layer` keeps a reference, and in a capture
+marks where all have chosen; `pack` makes the one concatenation and cast. What is held belongs to the thread that runs
+the forward, so several threads may run the model at once. Nothing here waits: a thread that finds another one
+publishing leaves its step in a short queue, and that other thread publishes it.
 
 This module is imported into the engine's process and imports nothing but torch, numpy and the extension.
 """
@@ -398,8 +398,8 @@ class Tap:
             return self._in_time(self.writer.mailbox, device, table)
         except TimeoutError:
             raise TimeoutError(
-                f"a CUDA graph is captured while another thread has been publishing for {TURN_TIMEOUT} s. Capture "
-                'graphs while nothing else runs the model, or attach with on_full="drop".'
+                "a CUDA graph is captured while rows are published, by this thread, or by another one for "
+                f'{TURN_TIMEOUT} s. Capture graphs while nothing else runs the model, or attach with on_full="drop".'
             ) from None
         finally:
             self._run_jobs()
@@ -455,12 +455,17 @@ class Tap:
             warnings.warn(f"expert_lens stopped capturing: {error}", RuntimeWarning, stacklevel=2)
 
     def close(self) -> None:
-        """Switch off and close the writer, once whoever publishes just now is done, or let that thread close it."""
+        """Switch off and close the writer, once whoever publishes just now is done, or let that thread close it.
+
+        That may be this one: what closes may run wherever Python lets it, a finalizer or a signal's handler.
+        """
         self.active = False
         try:
             self._in_time(self._close)
         except TimeoutError:
             self._submit(self.writer.close)
+        finally:
+            self._run_jobs()
 
     def _close(self) -> None:
         self._drain()
@@ -540,14 +545,15 @@ class Tap:
     def _in_time(self, work: Callable[..., T], *args: Any) -> T:
         """Do it in turn, waiting for who publishes: for what happens seldom.
 
-        Raises TimeoutError if that takes too long, and what the work raises.
+        Raises TimeoutError if that takes too long, or would for ever, as this thread has the turn already; and what the
+        work raises.
         """
         deadline = time.monotonic() + TURN_TIMEOUT
         while True:
             with self._turn as held:
                 if held:
                     return work(*args)
-            if time.monotonic() >= deadline:
+            if self._turn.is_mine or time.monotonic() >= deadline:
                 raise TimeoutError
             time.sleep(TURN_PERIOD)
 

@@ -336,6 +336,42 @@ def test_closing_comes_after_what_was_published() -> None:
     assert tap.begin() is None
 
 
+def test_closing_where_this_thread_publishes_waits_for_nobody(
+    launching: tuple[Any, NotingWriter, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by the finalizer of a lens that nobody holds, or a signal's handler: what is on its way is published first."""
+    tap, writer, mailbox = launching
+
+    def wait(_: float) -> None:
+        raise AssertionError("it waits")
+
+    monkeypatch.setattr("expert_lens.tap.time.sleep", wait)
+    writer.mailbox = wait  # type: ignore[attr-defined]
+
+    def replay() -> None:
+        tap.close()
+        writer.calls.append(("launch",))
+        with pytest.raises(TimeoutError, match="while rows are published"):
+            tap.mailbox(0, [])
+
+    tap.launch(mailbox, replay, FOUR_ROWS)
+    assert writer.names == ["set_batch", "post", "launch", "close"]
+
+
+def test_what_is_left_while_another_thread_closes_is_not_kept() -> None:
+    tap, writer = make_tap()
+
+    def close() -> None:
+        writer.calls.append(("close",))
+        thread = threading.Thread(target=tap.lose, args=(3,))
+        thread.start()
+        thread.join()
+
+    writer.close = close  # type: ignore[method-assign]
+    tap.close()
+    assert not tap._jobs
+
+
 @pytest.mark.parametrize("module", ["expert_lens.tap", "expert_lens.engines", "expert_lens.engines.transformers"])
 def test_the_engines_process_imports_nothing_heavy(module: str) -> None:
     heavy = ["polars", "IPython", "anywidget", "ipywidgets", "pandas", "pyarrow", "transformers"]

@@ -35,6 +35,13 @@ impl Turn {
         Self { holder: AtomicUsize::new(NOBODY), inner: AtomicUsize::new(0) }
     }
 
+    /// Whether the thread that asks has it.
+    #[getter]
+    fn is_mine(&self) -> bool {
+        // Nobody else stores this thread's number.
+        self.holder.load(Relaxed) == this_thread()
+    }
+
     fn __enter__(&self) -> bool {
         match self.holder.compare_exchange(NOBODY, this_thread(), SeqCst, SeqCst) {
             Ok(_) => true,
@@ -48,8 +55,8 @@ impl Turn {
     }
 
     fn __exit__(&self, _kind: &Bound<'_, PyAny>, _error: &Bound<'_, PyAny>, _trace: &Bound<'_, PyAny>) {
-        // Nobody but the holder changes either, and it finds its own number only if it is that.
-        if self.holder.load(Relaxed) == this_thread() {
+        // Nobody but the holder changes either.
+        if self.is_mine() {
             match self.inner.load(Relaxed) {
                 0 => self.holder.store(NOBODY, SeqCst),
                 inner => self.inner.store(inner - 1, Relaxed),
