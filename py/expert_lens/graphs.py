@@ -137,7 +137,11 @@ def record(
             return _OnStream(tap, num_rows, step, columns)
         are_there = inputs.addresses() == _addresses([*step.experts, *step.weights, *given])
         # What had to be copied first is there only now.
-        by_kernels.record(step.begun, step.chosen if are_there else None)
+        try:
+            by_kernels.record(step.begun, step.chosen if are_there else None)
+        except BaseException:
+            by_kernels.give_up()
+            raise
         return by_kernels
 
 

@@ -130,7 +130,7 @@ class Tap:
         if step.weights:
             step.weights[slot] = weights
         if step.begun is not None and not self.silent_layers(step):
-            step.mark_chosen()
+            self.guard(step.mark_chosen)
 
     def end(self) -> Step | None:
         """Stop holding: this thread's step, or None if there is none (capture off, or not begun)."""

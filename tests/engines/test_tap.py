@@ -372,6 +372,21 @@ def test_what_is_left_while_another_thread_closes_is_not_kept() -> None:
     assert not tap._jobs
 
 
+def test_where_no_mark_can_be_made_the_forward_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Step) -> None:
+        raise RuntimeError("the driver refuses")
+
+    monkeypatch.setattr(Step, "mark_chosen", refuse)
+    tap, _ = make_tap()
+    step = tap.begin()
+    assert step is not None
+    step.begun = torch.cuda.Event.__new__(torch.cuda.Event)
+    tap.layer(0, FIRST)
+    with pytest.warns(RuntimeWarning, match="the driver refuses"):
+        tap.layer(1, SECOND)
+    assert not tap.active
+
+
 @pytest.mark.parametrize("module", ["expert_lens.tap", "expert_lens.engines", "expert_lens.engines.transformers"])
 def test_the_engines_process_imports_nothing_heavy(module: str) -> None:
     heavy = ["polars", "IPython", "anywidget", "ipywidgets", "pandas", "pyarrow", "transformers"]
