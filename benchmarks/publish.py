@@ -2,9 +2,11 @@
 
 The tap joins 48 layers' top-k ids, and the writer narrows and copies them into the arena: for a step that goes on with
 the batch before (`decoding`, what nearly all steps are), and for one whose rows have to be stated (`a new batch`).
-Beside them, what a recorder written by hand does: a copy to the host for each layer.
+Beside them, what a recorder written by hand does: a copy to the host for each layer. And what it takes to state whose
+rows they are anew, as when a request has ended.
 """
 
+import itertools
 import json
 import random
 import statistics
@@ -26,6 +28,8 @@ def main() -> None:
     torch.set_num_threads(1)
     for rows in (1, 64):
         measure(rows)
+    for requests in (1, 64, 256):
+        measure_batch(requests)
 
 
 def measure(rows: int) -> None:
@@ -81,10 +85,27 @@ def measure(rows: int) -> None:
             times[name].append((time.perf_counter_ns() - began) / 1e3)
     tap.close()
     for name, values in times.items():
-        low, median, high = statistics.quantiles(values, n=4)
-        line = {"name": f"publish [{rows}, 48, 8]: {name}", "unit": "µs", "median": round(median, 2)}
-        line["spread"] = [round(low, 2), round(high, 2)]
-        print(json.dumps(line | ({"bar": "<= 15"} if name.startswith("tap") else {}), ensure_ascii=False), flush=True)
+        show(f"publish [{rows}, 48, 8]: {name}", values, **({"bar": "<= 15"} if name.startswith("tap") else {}))
+
+
+def measure_batch(requests: int) -> None:
+    writer = Writer(f"batch-{requests}", layers=list(range(LAYERS)), num_experts=EXPERTS, top_k=TOP_K)
+    batches = itertools.cycle(
+        [(row + first, f"{row + first:032x}", row, 1, 1024, "decode") for row in range(requests)] for first in (1, 2)
+    )
+    times = []
+    for spans in itertools.islice(batches, ROUNDS):
+        began = time.perf_counter_ns()
+        writer.set_batch(spans)
+        times.append((time.perf_counter_ns() - began) / 1e3)
+    writer.close()
+    show(f"a batch of {requests} requests stated anew, by the writer", times)
+
+
+def show(name: str, values: list[float], **bar: str) -> None:
+    low, median, high = statistics.quantiles(values, n=4)
+    line = {"name": name, "unit": "µs", "median": round(median, 2), "spread": [round(low, 2), round(high, 2)], **bar}
+    print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
 if __name__ == "__main__":
