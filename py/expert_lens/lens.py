@@ -204,8 +204,9 @@ def open_trace(
 
     `folder`: one or several, as for `scan`; all of it is read into memory. `speed`: 1.0 is the pace at which it was
     recorded, 10 ten times that, None as fast as it is read. A request whose id other sources of the trace have too gets
-    `#2`, `#3`, ...; one whose end the trace does not tell ends as aborted. Steps and times are those of now. The other
-    options are as for `attach`; other processes can attach by name.
+    `#2`, `#3`, ...; one whose end a recording does not tell ends as aborted, and of an export, which tells of no ends,
+    all as finished. Steps and times are those of now. The other options are as for `attach`; other processes can attach
+    by name.
 
     Raises OptionError for a folder without a trace, traces of different models, and options that cannot be used.
     """
