@@ -88,8 +88,9 @@ class _Done:
             return None
         answer = done.tolist()
         if self.NOT_COME in answer:  # an engine that does not wait, after all
-            # The stream alone: to synchronise a device would end a graph's capture in another thread.
-            torch.cuda.current_stream(self._device).synchronize()
+            # The stream alone, and relaxed: else it would end a graph's capture in another thread.
+            with relaxed_capture():
+                torch.cuda.current_stream(self._device).synchronize()
             answer = done.tolist()
         return [bool(one) for one in answer]
 
