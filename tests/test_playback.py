@@ -79,6 +79,29 @@ def test_a_request_that_was_aborted_ends_so_again(tmp_path: Path) -> None:
         assert lens.requests().rows() == [("a", "aborted", 3, 3, 0), ("b", "finished", 2, 2, 0)]
 
 
+def test_an_export_tells_how_requests_have_ended(tmp_path: Path) -> None:
+    """One that still ran is played as aborted; and a recording in the same folder goes on as if there were none."""
+    writer = make_writer("exported")
+    with expert_lens.attach("exported", lossless=True) as lens:
+        publish(writer, [(1, "a", range(3)), (2, "b", range(2)), (3, "c", range(4))], {"a": 3, "b": 2, "c": 4})
+        writer.finish(1, "a", 3)
+        writer.finish(2, "b", 2, "aborted")
+        lens.to_parquet(tmp_path)
+        with lens.record(tmp_path):
+            pass
+    writer.close()
+    rows = expert_lens.scan(tmp_path).collect()
+    assert len(rows) == 9
+    [record] = tmp_path.glob("record-*.parquet")
+    assert len(pl.read_parquet(record)) == 9
+    record.unlink()
+    with expert_lens.open_trace(tmp_path, speed=None) as played:
+        wait_for_end(played)
+        assert sorted(played.requests().rows()) == [
+            ("a", "finished", 3, 3, 0), ("b", "aborted", 2, 2, 0), ("c", "aborted", 4, 4, 0)
+        ]  # fmt: skip
+
+
 def test_an_export_with_missing_rows_and_weights(tmp_path: Path) -> None:
     facts = {"layers": list(range(300)), "num_experts": 300, "top_k": 1, "weights": True, "engine": "x"}
     writer = make_writer("wide", **facts, arena_bytes=1 << 22)

@@ -204,9 +204,8 @@ def open_trace(
 
     `folder`: one or several, as for `scan`; all of it is read into memory. `speed`: 1.0 is the pace at which it was
     recorded, 10 ten times that, None as fast as it is read. A request whose id other sources of the trace have too gets
-    `#2`, `#3`, ...; one whose end a recording does not tell ends as aborted, and of an export, which tells of no ends,
-    all as finished. Steps and times are those of now. The other options are as for `attach`; other processes can attach
-    by name.
+    `#2`, `#3`, ...; one whose end the trace does not tell ends as aborted. Steps and times are those of now. The other
+    options are as for `attach`; other processes can attach by name.
 
     Raises OptionError for a folder without a trace, traces of different models, and options that cannot be used.
     """
@@ -420,13 +419,14 @@ class Lens:
 
         path = trace.check_folder(folder, self._facts)
         self._look()
-        columns = self._collector.requests()
-        sources = [trace.source_name(self.name, arena) for arena in self._collector.arenas()]
-        by_request = {
-            request: sources[arena] for request, arena in zip(columns["request"], columns["arena"], strict=True)
-        }
+        columns, arenas = self._collector.requests(), self._collector.arenas()
+        requests = list(zip(columns["request"], columns["arena"], columns["tokens"], columns["state"], strict=True))
+        by_request = {request: trace.source_name(self.name, arenas[arena]) for request, arena, _, _ in requests}
+        ends = [(arena, request, tokens, state) for request, arena, tokens, state in requests if state != "running"]
         rows = trace.with_sources(self._frame(list(by_request)), by_request)
-        return str(trace.write_part(path, f"export-{trace.timestamp()}", rows, self.name, self._facts))
+        no_records = [(*arena, 1, 0) for arena in arenas]
+        name = f"export-{trace.timestamp()}"
+        return str(trace.write_part(path, name, rows, self.name, self._facts, no_records, ends))
 
     def record(self, folder: str | os.PathLike[str]) -> Recording:
         """Go on writing every row, from the oldest that the arena still has, as part files of a trace in `folder`.

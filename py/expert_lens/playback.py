@@ -166,7 +166,10 @@ def _requests(rows: pl.DataFrame, infos: list[trace.PartInfo]) -> pl.DataFrame:
         for arena, request, num_positions, state in info["ends"]
     }
     recorded = {
-        trace.source_name(info["capture"], arena[:4], info["host"]) for info in infos for arena in info["arenas"]
+        trace.source_name(info["capture"], (rank, pid, start, created), info["host"])
+        for info in infos
+        for rank, pid, start, created, first, last in info["arenas"]
+        if first <= last
     }
     times_used: dict[str, int] = {}
     ids: list[str] = []
@@ -175,7 +178,7 @@ def _requests(rows: pl.DataFrame, infos: list[trace.PartInfo]) -> pl.DataFrame:
         times_used[request] = times_used.get(request, 0) + 1
         ids.append(request if times_used[request] == 1 else f"{request}#{times_used[request]}")
         # An export says how long each request is, a recording only when it has ended.
-        told.append(ends.get((source, request), (None if source in recorded else length, "finished")))
+        told.append(ends.get((source, request), (None if source in recorded else length, "aborted")))
     return requests.with_columns(
         id=pl.Series(ids, dtype=pl.String),
         num_positions=pl.Series([length for length, _ in told], dtype=pl.UInt32),

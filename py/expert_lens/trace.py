@@ -41,9 +41,9 @@ COMPRESSION_LEVEL = 3
 class PartInfo(TypedDict):
     """What a part file says of itself.
 
-    `arenas`: for each arena, (rank, pid, start time, creation time in ns, first record, last record). `ends`: for each
-    request that ended, (index into `arenas`, request id, positions that count, how it ended). Both are empty for an
-    export, whose rows are not tied to records.
+    `arenas`: for each arena, (rank, pid, start time, creation time in ns, first record, last record); of an export,
+    whose rows are not tied to records, the last is before the first. `ends`: for each request that ended, (index into
+    `arenas`, request id, positions that count, how it ended).
     """
 
     trace_version: int
