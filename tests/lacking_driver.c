@@ -87,5 +87,10 @@ int cuMemFree_v2(uint64_t memory) { free((void *)memory); return 0; }
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *stream) { memcpy((void *)to, from, bytes); return stream == NULL; }
 int cuStreamSynchronize(void *stream) { return stream == NULL; }
 int cuStreamDestroy_v2(void *stream) { return stream == NULL; }
-
-OF_NO_USE(cuMemsetD32Async)
+int cuMemsetD32Async(uint64_t at, unsigned value, size_t count, void *stream) {
+    if (stream || lacks("cuMemsetD32Async"))
+        return NOT_SUPPORTED;
+    for (size_t i = 0; i < count; i++)
+        ((unsigned *)at)[i] = value;
+    return 0;
+}

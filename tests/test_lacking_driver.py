@@ -205,6 +205,56 @@ print(publishers[0], publishers[1:], sep="; ")
 """
 
 
+RETRACTED = """
+import ctypes
+import numpy as np
+from expert_lens._core import Collector, Writer
+from expert_lens.errors import CudaError
+
+writer = Writer("retracted", layers=[0], num_experts=4, top_k=1)
+collector = Collector("retracted")
+writer.set_batch([(1, "a", 0, 1, 1, "decode")])
+mailbox = writer.mailbox(0, [], entries=2)
+
+def post(position):
+    mailbox.set_rows(1, token_ids=False, positions=np.array([position], np.uint32), kv_slots=False)
+    assert writer.publish_graph(mailbox)
+
+def word(address):
+    return ctypes.c_uint64.from_address(address)
+
+def replay(expert):
+    \"\"\"What a graph's kernels do: they take the post of the replay that their own count says.\"\"\"
+    word(mailbox.state).value += 1
+    number = word(mailbox.state).value
+    entry = (ctypes.c_uint64 * 8).from_address(mailbox.entries + number % 2 * 64)
+    word(mailbox.taken).value = number
+    replay, rows, payload, sequence, value, *_ = entry
+    if (replay, rows) == (number, 1):
+        ctypes.c_uint8.from_address(payload).value = expert
+        word(sequence).value = value
+
+post(0)
+replay(3)
+post(1)
+if RAN:
+    word(mailbox.state).value += 1  # the replay has failed behind what counts it
+try:
+    record = mailbox.retract(0)
+except CudaError as error:
+    print(error)
+else:
+    assert record == 1, record
+    writer.void(record, 0, 0)
+    post(2)
+    replay(2)
+    assert collector.sync(10.0)
+    rows = collector.rows("a")
+    print(rows["experts"].ravel().tolist(), rows["phases"].tolist(), collector.stats()["dropped_tokens"])
+writer.close()
+"""
+
+
 def run(libraries: Path, lacks: str, code: str) -> Any:
     """The process that ran the code with a device that lacks this."""
     env = {**os.environ, "LD_LIBRARY_PATH": str(libraries), "LACKS": lacks}
@@ -264,6 +314,17 @@ def test_a_device_that_cannot_is_named_and_holds_nothing(libraries: Path, lacks:
     publisher, said = publish(libraries, lacks)
     assert publisher == "host"
     assert re.search(says, said), said
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_a_replay_that_failed_is_taken_back_be_it_counted_or_not(libraries: Path, ran: bool) -> None:
+    """The next one finds its own post, and the row of this one is missing and counted."""
+    assert run(libraries, "", f"RAN = {ran}\n{RETRACTED}").stdout == "[3, 0, 2] [1, 255, 1] 1\n"
+
+
+def test_a_replay_that_cannot_be_taken_back_is_told(libraries: Path) -> None:
+    said = run(libraries, "cuMemsetD32Async", f"RAN = False\n{RETRACTED}").stdout
+    assert said == "cuMemsetD32Async failed: CUDA_ERROR_NOT_SUPPORTED\n"
 
 
 @pytest.mark.parametrize("lacks", ["", "122"])
