@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 import transformers
+from peers import DeferredCopy
 
 from expert_lens._core import Collector
 from expert_lens.engines import transformers as engine
@@ -30,6 +31,7 @@ from expert_lens.engines.transformers import attachment, generate
 from expert_lens.engines.transformers.patch import StandIn
 
 STEPS, SKIPPED, CLOCKED_STEPS = 200, 20, 100
+BATCHES, PROMPT, TOP_K = (1, 64), 32, 8
 NAME = f"bench-{os.getpid()}"
 
 
@@ -43,7 +45,7 @@ def make_model() -> Any:
         num_attention_heads=16,
         num_key_value_heads=4,
         num_experts=64,
-        num_experts_per_tok=8,
+        num_experts_per_tok=TOP_K,
         eos_token_id=None,
         pad_token_id=0,
     )
@@ -80,7 +82,29 @@ def hooks_with_cpu(model: Any) -> Iterator[None]:
             handle.remove()
 
 
-WAYS = ("nothing", "nothing, again", "lens", "hooks with .cpu()")
+@contextmanager
+def deferred_copy(model: Any) -> Iterator[None]:
+    """What SGLang's deferred copy does, by hand."""
+    experts = [layer.mlp.experts for layer in model.model.layers]
+    copy = DeferredCopy(max(BATCHES) * PROMPT, len(experts), TOP_K)
+
+    def keep(slot: int, topk_ids: torch.Tensor) -> None:
+        copy.keep(slot, topk_ids)
+        if slot == len(experts) - 1:
+            copy.defer(len(topk_ids))
+
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, slot=slot: keep(slot, args[1]))
+        for slot, module in enumerate(experts)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+WAYS = ("nothing", "nothing, again", "lens", "hooks with .cpu()", "deferred copy by torch")
 
 
 class Turns:
@@ -242,9 +266,13 @@ def measure_share(model: Any, inputs: dict[str, Any]) -> list[float]:
 def main() -> None:
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}")
     models = {name: make_model() for name in WAYS}
-    with lens(models["lens"]), hooks_with_cpu(models["hooks with .cpu()"]):
-        for batch in (1, 64):
-            ids = torch.randint(1, 4096, (batch, 32), device="cuda")
+    with (
+        lens(models["lens"]),
+        hooks_with_cpu(models["hooks with .cpu()"]),
+        deferred_copy(models["deferred copy by torch"]),
+    ):
+        for batch in BATCHES:
+            ids = torch.randint(1, 4096, (batch, PROMPT), device="cuda")
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             share = measure_share(models["lens"], inputs)
             show(f"24 layers, batch {batch}: the lens's code, of a step", "% of the time", share, bar="<= 1")
