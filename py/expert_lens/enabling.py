@@ -26,8 +26,8 @@ def enable(
     """Have engines that are started from now on publish their routed experts: call it before `sglang.Engine(...)`.
 
     It sets an environment variable that the engine's processes inherit, and does nothing else. `name` of the capture,
-    `"sglang-<pid>"` if None; an engine more in this process needs a name of its own. `arena`, `on_full`,
-    `wait_timeout`, `directory`: as for `attach`.
+    `"sglang-<pid>"` if None; an engine more in this process, or in one that it has started by multiprocessing, needs a
+    name of its own. `arena`, `on_full`, `wait_timeout`, `directory`: as for `attach`.
 
     Raises OptionError for an option that cannot be used.
     """
