@@ -137,11 +137,7 @@ def record(
             return _OnStream(tap, num_rows, step, columns)
         are_there = inputs.addresses() == _addresses([*step.experts, *step.weights, *given])
         # What had to be copied first is there only now.
-        try:
-            by_kernels.record(step.begun, step.chosen if are_there else None)
-        except BaseException:
-            by_kernels.give_up()
-            raise
+        by_kernels.record(step.begun, step.chosen if are_there else None)
         return by_kernels
 
 
@@ -229,7 +225,8 @@ class _ByKernels(GraphStep):
     def record(self, begun: torch.cuda.Event | None, chosen: torch.cuda.Event | None) -> None:
         """Record the kernels beside a forward that ends here; None: from here on.
 
-        `begun`, `chosen`: from where on a replay's post is there, and what the kernels read.
+        `begun`, `chosen`: from where on a replay's post is there, and what the kernels read. If it fails, the engine's
+        graph may have one of them all the same, so that this stays among the unclaimed.
         """
         assert self._publish is not None
         stream = torch.cuda.current_stream()
@@ -240,8 +237,8 @@ class _ByKernels(GraphStep):
                 self._beside.wait_event(chosen or stream.record_event())
                 self._publish()
         finally:
+            self._publish = None  # with it go the layers' ids, which the graph alone needs from now on
             stream.wait_stream(self._beside)  # else the engine's capture, which goes on, could not end
-        self._publish = None  # with it go the layers' ids, which the graph alone needs from now on
 
     def replay(self, launch: Callable[[], Any], rows: ReplayRows | None) -> None:
         tap = self._tap()
