@@ -422,7 +422,8 @@ class Lens:
         columns, arenas = self._collector.requests(), self._collector.arenas()
         requests = list(zip(columns["request"], columns["arena"], columns["tokens"], columns["state"], strict=True))
         by_request = {request: trace.source_name(self.name, arenas[arena]) for request, arena, _, _ in requests}
-        ends = [(arena, request, tokens, state) for request, arena, tokens, state in requests if state != "running"]
+        # One that was aborted may have been so by the end of its engine, of which nobody told how many positions count.
+        ends = [(arena, request, tokens, state) for request, arena, tokens, state in requests if state == "finished"]
         rows = trace.with_sources(self._frame(list(by_request)), by_request)
         no_records = [(*arena, 1, 0) for arena in arenas]
         name = f"export-{trace.timestamp()}"

@@ -148,7 +148,7 @@ def _spans(requests: list[dict[str, Any]], index: Any, phases: Any) -> list[Span
 
 def _requests(rows: pl.DataFrame, infos: list[trace.PartInfo]) -> pl.DataFrame:
     """The trace's requests: source, request, index, id (an id that other sources have too gets `#2`, `#3`, ...),
-    prompt_tokens, num_positions: how many count, null if the trace does not say that it has ended; and state: how it
+    prompt_tokens, num_positions: how many count, null if a recording does not say that it has ended; and state: how it
     has.
     """
     requests = (

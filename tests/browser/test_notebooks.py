@@ -82,7 +82,7 @@ lens.close()
 
 
 def test_a_running_server_is_watched_by_its_name(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The notebook in which only the name is filled in, and a cell of this test's at its end but one."""
+    """The notebook in which only the name is filled in, and two lines of this test's before those of its last cell."""
     page = nbformat.read(NOTEBOOKS / "sglang_live.ipynb", as_version=4)
     code = [cell for cell in page.cells if cell.cell_type == "code"]
     assert code[0].source.count("\nSERVER = None ") == 1
