@@ -16,7 +16,7 @@ const NOT_READY: Status = 600;
 /// CU_EVENT_DISABLE_TIMING
 const EVENT_FLAGS: c_uint = 2;
 /// How many looks at an event go by before it is asked once more whether its context lives.
-const LOOKS: u64 = 50;
+pub(super) const LOOKS: u64 = 50;
 /// How often the event publisher looks.
 pub(super) const EVENT_PERIOD: Duration = Duration::from_micros(20);
 

@@ -25,7 +25,7 @@ use crate::error::{Error, Result};
 use crate::memory::{Mapped, Memory};
 use crate::rows::Landing;
 use driver::{Context, Driver, Entered, Handle};
-use events::{EVENT_PERIOD, Event, Watcher};
+use events::{EVENT_PERIOD, Event, LOOKS, Watcher};
 pub(crate) use mailbox::ByPost;
 pub use mailbox::Mailbox;
 use std::ffi::{c_int, c_uint};
@@ -302,14 +302,14 @@ impl Pinned {
     pub fn settle(&mut self, in_flight: impl Fn() -> usize) {
         let deadline = Instant::now() + LANDING_TIMEOUT;
         let _relaxed = self.driver.relax();
-        loop {
+        for look in 0u64.. {
             let watched = self.watcher.as_ref().map_or(Some(true), Watcher::is_done);
             let mut refused = self.refused.iter().map(|event| event.as_ref().and_then(Event::has_come));
             let done = watched.and_then(|done| refused.try_fold(done, |done, has_come| Some(has_come? && done)));
             if done == Some(true) && in_flight() <= self.refused.len() {
                 return;
             }
-            if !self.devices.iter().any(|device| self.driver.lives(device.context)) {
+            if look % LOOKS == 0 && !self.devices.iter().any(|device| self.driver.lives(device.context)) {
                 return;
             }
             if done.is_none() || Instant::now() >= deadline {
