@@ -11,12 +11,12 @@ import re
 import pytest
 
 from expert_lens.engines.sglang import contract, layout, model, requests
-from expert_lens.engines.sglang.contract import OLDEST
+from expert_lens.engines.sglang.contract import NEWEST, OLDEST
 from sglang_sources import Sources, download, number
 
 RELEASED = (
     OLDEST, "0.5.12", "0.5.13.post1", "0.5.14", "0.5.15", "0.5.16", "0.5.17", "0.5.18", "0.5.19", "0.5.20", "0.5.21",
-    "0.5.22",
+    "0.5.22", NEWEST,
 )  # fmt: skip
 
 
@@ -196,10 +196,13 @@ def test_the_runner_says_what_the_model_is(sources: Sources) -> None:
             assert sources.find(f"sglang.srt.layers.dp_attention:{name}") is not None
     assert sources.find("sglang.srt.layers.moe.utils:MoeA2ABackend") is not None
     group = "sglang.srt.distributed.parallel_state"
-    assert sources.find(f"{group}:get_tp_group") is not None
-    needs(sources, "GroupCoordinator", {"ca_comm"}, sources.fields(f"{group}:GroupCoordinator"))
-    own = "sglang.srt.distributed.device_communicators.custom_all_reduce"
-    needs(sources, "its all-reduce", {"disabled"}, sources.fields(f"{own}:CustomAllreduce"))
+    for name in ("get_tp_group", "get_moe_ep_group", "get_moe_tp_group"):
+        assert sources.find(f"{group}:{name}") is not None
+    needs(sources, "GroupCoordinator", {"ca_comm", "world_size"}, sources.fields(f"{group}:GroupCoordinator"))
+    communicators = "sglang.srt.distributed.device_communicators.custom_all_reduce"
+    for own in (f"{communicators}:CustomAllreduce", f"{communicators}_v2:CustomAllReduceV2"):
+        if sources.find(own) is not None:
+            needs(sources, own, {"disabled"}, sources.fields(own))
 
 
 def _tells_its_replica(sources: Sources, runner: str, context: str) -> bool:
@@ -259,7 +262,7 @@ SINCE = {
 
 def test_the_options_that_are_asked_for_are_those_that_it_has(sources: Sources) -> None:
     """Of one that goes by another name now it would be thought that it is off."""
-    askers = (layout.refuse_unknown, model.facts, model.largest_forward, model._slots_are_lasting)
+    askers = (layout.refuse_unknown, layout.graphs_fork, model.facts, model.largest_forward, model._slots_are_lasting)
     text = "".join(inspect.getsource(asker) for asker in askers)
     asked = {*re.findall(r'getattr\((?:runner\.server_)?args, "(\w+)"', text), "attn_cp_size", *model.CACHES_ELSEWHERE}
     assert len(asked) >= 14

@@ -42,6 +42,17 @@ def model_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     return make
 
 
+def test_the_number_of_kv_slots_is_told_in_three_ways() -> None:
+    pool = {"page_size": 64, "max_total_num_tokens": 1000}
+    translator = SimpleNamespace(capture_token_capacity=lambda size: size + 64)
+    for told in (
+        pool,
+        {**pool, "max_total_num_tokens": 1, "max_token_pool_size": 1000, "kv_index_translator": SimpleNamespace()},
+        {**pool, "max_total_num_tokens": 1, "max_token_pool_size": 1000, "kv_index_translator": translator},
+    ):
+        assert model._num_slots(SimpleNamespace(**told)) == 1064
+
+
 def test_layers_tell_which_they_are(model_of: Callable[..., Any]) -> None:
     assert model._routed_layers(model_of(None, [1], None, [3])) == {1: 8, 3: 8}
     assert model._routed_layers(model_of(None, None)) == {}

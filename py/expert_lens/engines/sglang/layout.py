@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from expert_lens.engines.sglang.contract import NEWEST
 from expert_lens.errors import EngineHookError, UnsupportedModelError
 
 __all__ = ["Layout", "captured_rows", "eager_rows", "graph_rows", "graphs_fork", "refuse_unknown"]
@@ -78,7 +79,7 @@ class Layout:
 def _untold(replicas: int) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{replicas} data-parallel replicas, and this release of SGLang does not tell its model which one it is. Use "
-        "--enable-dp-attention, or SGLang 0.5.15 or newer."
+        f"--enable-dp-attention, or a release that does: 0.5.15 to {NEWEST}."
     )
 
 

@@ -89,7 +89,7 @@ def facts(runner: Any) -> dict[str, Any]:
 
 def _num_slots(runner: Any) -> int:
     """One more than the largest KV slot."""
-    size = getattr(runner, "max_token_pool_size", None) or runner.max_total_num_tokens  # before 0.5.18
+    size = getattr(runner, "max_token_pool_size", None) or runner.max_total_num_tokens  # 0.5.16 and 0.5.17
     translator = getattr(runner, "kv_index_translator", None)
     capacity = getattr(translator, "capture_token_capacity", None)  # before 0.5.21 there is none
     return int(size + runner.page_size if capacity is None else capacity(size))
