@@ -35,7 +35,7 @@ class Forward:
         self.stream, self.beside = torch.cuda.Stream(), torch.cuda.Stream()
         with torch.cuda.stream(self.stream):  # what is launched first is loaded, which no capture allows
             self.run(collectives=True)
-            self.copied.add_(1).copy_(self.rows)
+            torch.add(self.rows, 1, out=self.copied.add_(1))
 
     def run(self, collectives: bool) -> torch.cuda.Event:
         """Launch the kernels; gives where the last layer begins."""
@@ -63,7 +63,7 @@ class Forward:
                     self.beside.wait_event(first)
                     self.copied.add_(1)
                     self.beside.wait_event(then)
-                    self.copied.copy_(self.rows)
+                    torch.add(self.rows, 1, out=self.copied)
                 self.stream.wait_stream(self.beside)
         return graph
 
@@ -106,7 +106,7 @@ def measure(rank: int, port: int, support: str) -> None:
             took[way].append(time_replays(graphs[way]))
     if rank == 0:
         for collectives in (False, True):
-            what = f"{2 * LAYERS} collectives, support {support}" if collectives else "no collectives"
+            what = f"{2 * LAYERS if collectives else 'no'} collectives, support {support}"
             alone = took[collectives, None]
             show(f"{what}: no branch", "µs a replay", alone)
             for branch in BRANCHES[1:]:
