@@ -4,7 +4,6 @@ Every round runs each way once, in an order of its own, on the same prompts and 
 figure is the throughput relative to the mean of the round's two runs without anything.
 """
 
-import json
 import random
 import statistics
 import time
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from figures import show
 
 import expert_lens
 from expert_lens import demo
@@ -98,7 +98,8 @@ def measure(name: str, model: Any, inputs: Any, tokens: int, rounds: int, ways: 
                 ratios[way].append(base / spent)
     show(f"{name}: a step without anything", "ms", plain)
     for way, values in ratios.items():
-        show(f"{name}: {way} : nothing", "throughput ratio", values, bar=0.99)
+        bar = {"bar": ">= 0.99"} if way == "lens" else {}
+        show(f"{name}: {way} : nothing", "throughput ratio", values, **bar)
 
 
 def mid_size() -> Any:
@@ -129,12 +130,6 @@ def main() -> None:
         measure(f"demo model, 8 layers, batch {batch}", model, inputs, 128, 15, ways)
     inputs = {"input_ids": torch.arange(32)[None]}
     measure("24 layers, 0.4 B, batch 1", mid_size(), inputs, 32, 9, WAYS)
-
-
-def show(name: str, unit: str, values: list[float], bar: float | None = None) -> None:
-    low, median, high = statistics.quantiles(values, n=4)
-    line = {"name": name, "unit": unit, "median": round(median, 4), "spread": [round(low, 4), round(high, 4)]}
-    print(json.dumps(line | ({"bar": f">= {bar}"} if bar and "lens" in name else {})), flush=True)
 
 
 if __name__ == "__main__":

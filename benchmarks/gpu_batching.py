@@ -7,7 +7,6 @@ dummy weights: tokens a second relative to the same without anything in the same
 Prefill: one forward of 8192 tokens, with and without the lens, from events, in turn.
 """
 
-import json
 import logging
 import os
 import random
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from figures import show
 from peers import DeferredCopy
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 
@@ -189,12 +189,6 @@ def measure_prefill(model: Any) -> None:
             added.append((attached / base[-1] - 1) * 100)
     show(f"prefill of {PREFILL} tokens: nothing", "ms", base)
     show(f"prefill of {PREFILL} tokens: lens added", "%", added, bar="<= 0.5")
-
-
-def show(name: str, unit: str, values: list[float], **more: Any) -> None:
-    low, median, high = statistics.quantiles(values, n=4)
-    line = {"name": name, "unit": unit, "median": round(median, 4), "spread": [round(low, 4), round(high, 4)], **more}
-    print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
 def main() -> None:

@@ -9,15 +9,14 @@ Needs two GPUs and SGLang, whose communicator it borrows.
 """
 
 import itertools
-import json
 import os
 import random
 import socket
-import statistics
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from figures import show
 from torch import multiprocessing
 
 LAYERS, KERNELS = 48, 6
@@ -83,12 +82,6 @@ def time_replays(graph: torch.cuda.CUDAGraph) -> float:
     return begun.elapsed_time(ended) * 1e3 / REPLAYS
 
 
-def show(name: str, unit: str, values: list[float]) -> None:
-    low, median, high = statistics.quantiles(values, n=4)
-    line = {"name": name, "unit": unit, "median": round(median, 2), "spread": [round(low, 2), round(high, 2)]}
-    print(json.dumps(line), flush=True)
-
-
 def measure(rank: int, port: int, support: str) -> None:
     """What one rank does; the first one tells."""
     from sglang.srt.distributed.device_communicators.pynccl import PyNcclCommunicator
@@ -108,10 +101,10 @@ def measure(rank: int, port: int, support: str) -> None:
         for collectives in (False, True):
             what = f"{2 * LAYERS if collectives else 'no'} collectives, support {support}"
             alone = took[collectives, None]
-            show(f"{what}: no branch", "µs a replay", alone)
+            show(f"{what}: no branch", "µs a replay", alone, digits=2)
             for branch in BRANCHES[1:]:
                 added = [with_it - without for with_it, without in zip(took[collectives, branch], alone, strict=True)]
-                show(f"{what}: a branch {branch}, added", "µs a replay", added)
+                show(f"{what}: a branch {branch}, added", "µs a replay", added, digits=2)
     dist.barrier()
 
 

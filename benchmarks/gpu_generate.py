@@ -9,10 +9,8 @@ And, since these steps scatter by far more than the lens can take: how much of a
 clocks included.
 """
 
-import json
 import os
 import random
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +21,7 @@ from unittest import mock
 
 import torch
 import transformers
+from figures import show
 from peers import DeferredCopy
 
 from expert_lens._core import Collector
@@ -283,12 +282,6 @@ def main() -> None:
                 ratios = [alone / beside for alone, beside in zip(without, values, strict=True)]
                 bar = {"bar": ">= 0.99"} if name == "lens" else {}
                 show(f"24 layers, batch {batch}: {name} : nothing", "speed ratio", ratios, **bar)
-
-
-def show(name: str, unit: str, values: list[float], **more: Any) -> None:
-    low, median, high = statistics.quantiles(values, n=4)
-    line = {"name": name, "unit": unit, "median": round(median, 4), "spread": [round(low, 4), round(high, 4)], **more}
-    print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

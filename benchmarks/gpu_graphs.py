@@ -14,7 +14,6 @@ record's number can be seen in this process a reader process without CUDA has co
 """
 
 import itertools
-import json
 import os
 import random
 import statistics
@@ -27,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from figures import show
 from peers import DeferredCopy
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "gpu"))
@@ -170,11 +170,11 @@ def measure_stream(rows: int) -> None:
     all_published(tap, end_tap, other_tap, event_tap, nobodys_tap)
     assert nobodys_tap.writer.steps == 0
     nothing = took.pop("nothing")
-    show(f"decode graph, n = {rows}: nothing", "µs a step", nothing)
+    show(f"decode graph, n = {rows}: nothing", "µs a step", nothing, digits=2)
     for name, values in took.items():
         added = [value - base for value, base in zip(values, nothing, strict=True)]
         bar = {"bar": "<= 6"} if name == "lens" and rows <= 256 else {}
-        show(f"decode graph, n = {rows}: {name}, stream time added", "µs a step", added, **bar)
+        show(f"decode graph, n = {rows}: {name}, stream time added", "µs a step", added, digits=2, **bar)
 
 
 def all_published(*taps: Tap) -> None:
@@ -240,7 +240,7 @@ def measure_cpu(rows: int) -> None:
     all_published(tap, new_tap, nobodys_tap, other_tap, event_tap)
     for name, values in ours.items():
         bar = {"bar": bars[name]} if name in bars else {}
-        show(f"decode graph, n = {rows}: {name}, CPU added", "µs a step", values, **bar)
+        show(f"decode graph, n = {rows}: {name}, CPU added", "µs a step", values, digits=2, **bar)
 
 
 def measure_latency(way: str) -> None:
@@ -272,18 +272,12 @@ def measure_latency(way: str) -> None:
                 took.append((seen - published) / 1e3)
         reader.stdin.close()
     all_published(tap)
-    show("what a sleep of 20 µs takes, by which the reader looks again", "µs", sleeps)
+    show("what a sleep of 20 µs takes, by which the reader looks again", "µs", sleeps, digits=2)
     ordered = sorted(took)
     more = {"p99": round(ordered[len(ordered) * 99 // 100], 2), "max": round(ordered[-1], 2), "n": len(ordered)}
     bar = "median <= 50, p99 <= 1000"
-    show(f"n = 64, {way}: published to counted in another process", "µs", took, **more, bar=bar)
+    show(f"n = 64, {way}: published to counted in another process", "µs", took, digits=2, **more, bar=bar)
     tap.close()
-
-
-def show(name: str, unit: str, values: list[float], **more: Any) -> None:
-    low, median, high = statistics.quantiles(values, n=4)
-    line = {"name": name, "unit": unit, "median": round(median, 2), "spread": [round(low, 2), round(high, 2)], **more}
-    print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
 def main() -> None:

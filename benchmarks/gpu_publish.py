@@ -11,16 +11,15 @@ them it is what a step takes. Ways take turns in a new order each round.
 """
 
 import itertools
-import json
 import os
 import random
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from figures import show
 from peers import DeferredCopy
 
 from expert_lens._core import Writer
@@ -128,15 +127,8 @@ def measure(rows: int) -> None:
                 gpu[name].append(on_stream)
     for name in ways:
         bar = {"bar": "<= 15"} if name == "lens" and rows == 1 else {}
-        show(f"[{rows}, 48, 8], {name}: CPU", cpu[name], **bar)
-        show(f"[{rows}, 48, 8], {name}: GPU", gpu[name])
-
-
-def show(name: str, values: list[float], **more: Any) -> None:
-    low, median, high = statistics.quantiles(values, n=4)
-    spread = [round(low, 2), round(high, 2)]
-    line = {"name": name, "unit": "µs a step", "median": round(median, 2), "spread": spread, **more}
-    print(json.dumps(line, ensure_ascii=False), flush=True)
+        show(f"[{rows}, 48, 8], {name}: CPU", "µs a step", cpu[name], digits=2, **bar)
+        show(f"[{rows}, 48, 8], {name}: GPU", "µs a step", gpu[name], digits=2)
 
 
 if __name__ == "__main__":

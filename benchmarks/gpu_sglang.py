@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from figures import show
 
 ORDER = ("off", "lens", "lens, recorded", "native", "native, no overlap", "off", "lens", "timing")
 EXPERIMENTS = ((1, 1024), (64, 512))
@@ -242,15 +243,6 @@ def until_end(process: subprocess.Popen[str]) -> str:
     """What it prints when nothing more is asked of it."""
     printed: str = process.communicate()[0]
     return printed
-
-
-def show(name: str, unit: str, values: list[float], **more: Any) -> None:
-    """One figure: quartiles around it, or of less than four values the least and the most."""
-    low, median, high = min(values), statistics.median(values), max(values)
-    if len(values) >= 4:
-        low, _, high = statistics.quantiles(values, n=4)
-    line = {"name": name, "unit": unit, "median": round(median, 4), "spread": [round(low, 4), round(high, 4)], **more}
-    print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
 def run_beside(modes: list[str], failed: list[str]) -> list[dict[str, Any]]:

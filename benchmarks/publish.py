@@ -7,14 +7,13 @@ rows they are anew, as when a request has ended.
 """
 
 import itertools
-import json
 import random
-import statistics
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from figures import show
 
 from expert_lens._core import Writer
 from expert_lens.steps import DecodeRun, Rows, Step
@@ -85,7 +84,8 @@ def measure(rows: int) -> None:
             times[name].append((time.perf_counter_ns() - began) / 1e3)
     tap.close()
     for name, values in times.items():
-        show(f"publish [{rows}, 48, 8]: {name}", values, **({"bar": "<= 15"} if name.startswith("tap") else {}))
+        bar = {"bar": "<= 15"} if name.startswith("tap") else {}
+        show(f"publish [{rows}, 48, 8]: {name}", "µs", values, digits=2, **bar)
 
 
 def measure_batch(requests: int) -> None:
@@ -99,13 +99,7 @@ def measure_batch(requests: int) -> None:
         writer.set_batch(spans)
         times.append((time.perf_counter_ns() - began) / 1e3)
     writer.close()
-    show(f"a batch of {requests} requests stated anew, by the writer", times)
-
-
-def show(name: str, values: list[float], **bar: str) -> None:
-    low, median, high = statistics.quantiles(values, n=4)
-    line = {"name": name, "unit": "µs", "median": round(median, 2), "spread": [round(low, 2), round(high, 2)], **bar}
-    print(json.dumps(line, ensure_ascii=False), flush=True)
+    show(f"a batch of {requests} requests stated anew, by the writer", "µs", times, digits=2)
 
 
 if __name__ == "__main__":
