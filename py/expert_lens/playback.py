@@ -166,10 +166,7 @@ def _requests(rows: pl.DataFrame, infos: list[trace.PartInfo]) -> pl.DataFrame:
         for arena, request, num_positions, state in info["ends"]
     }
     recorded = {
-        trace.source_name(info["capture"], (rank, pid, start, created), info["host"])
-        for info in infos
-        for rank, pid, start, created, first, last in info["arenas"]
-        if first <= last
+        trace.source_name(info["capture"], arena, info["host"]) for info in infos for arena, _ in trace.recorded(info)
     }
     times_used: dict[str, int] = {}
     ids: list[str] = []

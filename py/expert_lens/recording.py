@@ -181,8 +181,6 @@ def _durable(infos: list[trace.PartInfo]) -> list[tuple[int, int, int, int, int]
     last: dict[ArenaKey, int] = {}
     for info in infos:
         if info["host"] == trace.host():
-            for rank, pid, start, created, first, record in info["arenas"]:
-                if first <= record:
-                    key = (rank, pid, start, created)
-                    last[key] = max(last.get(key, 0), record)
+            for arena, record in trace.recorded(info):
+                last[arena] = max(last.get(arena, 0), record)
     return [(*key, record) for key, record in last.items()]

@@ -160,6 +160,15 @@ def _described(model: ModelFacts) -> str:
     )
 
 
+def recorded(info: PartInfo) -> list[tuple[ArenaKey, int]]:
+    """The arenas of which a part holds records, and the last one of each; none of an export."""
+    return [
+        ((rank, pid, start, created), last)
+        for rank, pid, start, created, first, last in info["arenas"]
+        if first <= last
+    ]
+
+
 def with_sources(rows: pl.DataFrame, sources: Mapping[str, str]) -> pl.DataFrame:
     """A frame with the column `source` before the others; `sources` gives each request's."""
     names = rows["request"].replace_strict(sources, return_dtype=pl.String) if len(rows) else rows["request"]
