@@ -20,6 +20,7 @@ import publishing
 from children import hear, say, start
 from expert_lens import errors, types
 from publishing import count, make_writer, publish, rows
+from serving import SERVER
 
 PROMPTS = {"a": 4, "b": 3}
 VIEW = "application/vnd.jupyter.widget-view+json"
@@ -420,30 +421,9 @@ def test_a_capture_that_switched_itself_off_is_told_once(demo: tuple[Any, Any]) 
 
 # ---- other processes ----
 
-PUBLISHER = """
-import json, sys
-import numpy as np, torch
-import expert_lens
-from expert_lens import demo
-
-torch.set_num_threads(1)
-model, tokenizer = demo.load()
-lens = expert_lens.attach(model, name="served")
-print("ready", flush=True)
-sys.stdin.readline()
-prompts = demo.prompts()
-for domain in ("french", "json", "c"):
-    with lens.request(domain):
-        model.generate(**tokenizer(prompts[domain][0], return_tensors="pt"), max_new_tokens=24, do_sample=True)
-held = {r: lens.routed_experts(r).tolist() for r in lens.requests()["request"]}
-print(json.dumps({"counts": lens.counts().tolist(), "requests": held}), flush=True)
-sys.stdin.readline()
-lens.close()
-"""
-
 
 def test_a_model_in_another_process_is_watched_by_name() -> None:
-    with start(PUBLISHER) as process:
+    with start(SERVER, "24", "french", "json", "c") as process:
         assert hear(process) == "ready"
         with expert_lens.attach("served", lossless=True) as lens:
             assert lens.facts["model"].endswith("byte-moe")

@@ -9,7 +9,9 @@ import pytest
 
 import expert_lens
 from children import hear, say, start
+from expert_lens import demo
 from laboratory import ROOT, Lab, Notebook
+from serving import SERVER
 from test_heatmap import View, wait_for
 
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -61,26 +63,6 @@ def test_a_recorded_server_plays_in_the_heatmap_and_is_all_there(lab: Lab) -> No
         lab.shut_kernels()
 
 
-SERVER = """
-import json, sys
-import torch
-import expert_lens
-from expert_lens import demo
-
-torch.set_num_threads(1)
-model, tokenizer = demo.load()
-lens = expert_lens.attach(model, name="served")
-print("ready", flush=True)
-sys.stdin.readline()
-for domain, texts in list(demo.prompts().items())[:6]:
-    with lens.request(domain):
-        model.generate(**tokenizer(texts[0], return_tensors="pt"), max_new_tokens=64, do_sample=True)
-print(json.dumps({"tokens": lens.stats["tokens"], "counts": lens.counts().tolist()}), flush=True)
-sys.stdin.readline()
-lens.close()
-"""
-
-
 def test_a_running_server_is_watched_by_its_name(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The notebook in which only the name is filled in, and two lines of this test's before those of its last cell."""
     page = nbformat.read(NOTEBOOKS / "sglang_live.ipynb", as_version=4)
@@ -90,7 +72,7 @@ def test_a_running_server_is_watched_by_its_name(lab: Lab, monkeypatch: pytest.M
     code[-1].source = "import json\nprint(json.dumps(lens.counts().tolist()))\n" + code[-1].source
     nbformat.write(page, lab.root / "by_name.ipynb")
     monkeypatch.setenv("EXPERT_LENS_DIR", str(lab.root.parent / "arenas"))
-    with start(SERVER) as server:
+    with start(SERVER, "64", *list(demo.prompts())[:6]) as server:
         try:
             assert hear(server) == "ready"
             notebook = lab.open("by_name.ipynb", height=1400)
