@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 import oracle
@@ -395,6 +396,34 @@ def test_assisted_generation_leaves_no_rejected_token_behind(
             expected[start:stop] = forward[: stop - start]
         np.testing.assert_array_equal(rows["experts"], expected)
     np.testing.assert_array_equal(np.sort(rows["experts"], -1), np.sort(oracle.replayed(model, sequences[0, :-1]), -1))
+
+
+def test_what_the_engine_asks_of_drafts_ends_nothing(attach: Attach, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompt lookup asked the stopping criteria of its drafts, too, up to transformers 5.17: here it does in any."""
+    model.generation_config.eos_token_id = None
+    capture = attach(model)
+    criteria: list[Any] = []
+    get_criteria = model._get_stopping_criteria
+
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        criteria.append(get_criteria(*args, **kwargs))
+        return criteria[0]
+
+    get_candidates = PromptLookupCandidateGenerator.get_candidates
+    ended = []
+
+    def asking(generator: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        ids, logits = get_candidates(generator, input_ids, *args, **kwargs)
+        ended.extend(criteria[0](ids, None).tolist())
+        return ids, logits
+
+    monkeypatch.setattr(model, "_get_stopping_criteria", kept)
+    monkeypatch.setattr(PromptLookupCandidateGenerator, "get_candidates", asking)
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
+    sequences = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=PAD, prompt_lookup_num_tokens=3)
+    assert any(ended), "no draft went past the end, so the test shows nothing"
+    assert capture.rows("0.0")["token_ids"].tolist() == sequences[0, :-1].tolist()
+    assert capture.requests()["0.0"]["state"] == "finished"
 
 
 def assisted_starts(truth: Oracle, steps: Array) -> list[tuple[int, int]]:

@@ -177,8 +177,10 @@ class GenerateCall:
         """The engine has chosen tokens, `length` in each sequence by now, and found which sequences end with them."""
         self._decoding = True
         self._checked = True
-        if self._held is not None:
+        if self.mode == "assisted":
             held, self._held = self._held, None
+            if held is None:
+                return  # asked of drafts, as prompt lookup of transformers 5.17 does, which end nothing
             self._publish_accepted(held, length)
         if self.sequences is not None and self.mode in ("rows", "assisted"):
             self._done.tell(done)
