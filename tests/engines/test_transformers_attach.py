@@ -440,6 +440,105 @@ def test_a_compiled_model_is_captured_whether_it_was_attached_before_or_after(at
     np.testing.assert_array_equal(capture.experts("2.0"), np.concatenate(truth.ids[2:]))
 
 
+@pytest.mark.parametrize("parts", ["the whole model", "each layer"])
+def test_compiled_code_is_cut_where_the_decoder_ends_and_nowhere_else(parts: str, attach: Attach) -> None:
+    """Layers that are compiled one by one are whole, but no two share what was compiled."""
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def compiled(model: Any) -> Any:
+        torch.compiler.reset()
+        graphs.clear()
+        if parts == "the whole model":
+            return torch.compile(model, backend=backend)
+        for layer in model.model.layers:
+            layer.compile(backend=backend, fullgraph=True)
+        return model
+
+    def forward(model: Any) -> None:
+        with torch.no_grad():
+            for call in range(3):
+                model(ids + call, use_cache=False)
+
+    changes = {"num_hidden_layers": 4, "experts_implementation": "batched_mm", "mlp_only_layers": []}
+    forward(compiled(tiny_models.qwen3_moe(**changes)))
+    assert len(graphs) == 1
+    model = tiny_models.qwen3_moe(**changes)
+    capture = attach(model, weights=True)
+    forward(compiled(model))
+    assert len(graphs) == (2 if parts == "the whole model" else 4)
+    twin = tiny_models.qwen3_moe(**changes)
+    for call in range(3):
+        for row in range(2):
+            experts, weights = oracle.replayed_with_weights(twin, (ids[row] + call).tolist())
+            np.testing.assert_array_equal(capture.experts(f"{call}.{row}"), experts)
+            np.testing.assert_allclose(capture.rows(f"{call}.{row}")["weights"], weights, rtol=2**-10, atol=1e-6)
+
+
+def test_two_threads_in_the_same_compiled_code_have_their_own_rows(attach: Attach) -> None:
+    changes = {"mlp_only_layers": [], "experts_implementation": "batched_mm"}
+    model = tiny_models.qwen3_moe(**changes)
+    meet = threading.Barrier(2)
+
+    @torch.compiler.disable
+    def wait(*_: Any) -> None:
+        meet.wait(20)
+
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(wait)
+    capture = attach(model)
+    compiled = torch.compile(model, backend="eager")
+
+    def run(first: int) -> None:
+        with torch.no_grad(), capture.tap.request(f"from {first}"):
+            for call in range(4):
+                compiled(torch.tensor([[first + call, first + 5, first]]), use_cache=False)
+
+    threads = [threading.Thread(target=run, args=(first,)) for first in (5, 25)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert capture.tap.error is None
+    twin = tiny_models.qwen3_moe(**changes)
+    names = list(capture.requests())
+    assert len(names) == 8
+    for name in names:
+        rows = capture.rows(name)
+        np.testing.assert_array_equal(rows["experts"], oracle.replayed(twin, rows["token_ids"].tolist()))
+
+
+def test_compiled_code_keeps_nothing_of_a_forward_that_fails_or_is_nobodys(attach: Attach) -> None:
+    model = tiny_models.mixtral(experts_implementation="batched_mm")
+    capture = attach(model)
+    failing = True
+
+    @torch.compiler.disable
+    def fail(*_: Any) -> None:
+        if failing:
+            raise RuntimeError("stop here")
+
+    model.model.norm.register_forward_hook(fail)
+    compiled = torch.compile(model, backend="eager")
+    kept = capture.tap._local.compiled
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="stop here"):
+            compiled(torch.tensor([[5, 6, 7]]), use_cache=False)
+        assert len(kept) == 2
+        failing = False
+        compiled(torch.tensor([[8, 9]]), use_cache=False)
+        assert (capture.tap.error, kept) == (None, [])
+        assert capture.rows("0.0")["token_ids"].tolist() == [8, 9]
+        assert capture.stats()["tokens"] == 2
+        capture.close()
+        compiled(torch.tensor([[8, 9]]), use_cache=False)
+    assert kept == []
+
+
 def test_compiling_into_one_graph_says_what_stands_in_the_way(attach: Attach) -> None:
     model = tiny_models.mixtral()
     attach(model)

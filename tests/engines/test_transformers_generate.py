@@ -398,7 +398,9 @@ def test_assisted_generation_leaves_no_rejected_token_behind(
     np.testing.assert_array_equal(np.sort(rows["experts"], -1), np.sort(oracle.replayed(model, sequences[0, :-1]), -1))
 
 
-def test_what_the_engine_asks_of_drafts_ends_nothing(attach: Attach, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_engine_asks_of_drafts_ends_nothing(
+    attach: Attach, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Prompt lookup asked the stopping criteria of its drafts, too, up to transformers 5.17: here it does in any."""
     model.generation_config.eos_token_id = None
     capture = attach(model)

@@ -50,7 +50,14 @@ class _Inputs:
 
 
 class _Local(threading.local):
-    call: GenerateCall | None = None
+    """What one thread is in the midst of; all of it set here, as torch.compile sees nothing else of such an object."""
+
+    def __init__(self) -> None:
+        self.call: GenerateCall | None = None
+        self.in_forward = False
+        """Whether a forward has begun that is captured."""
+        self.compiled: list[tuple[int, Any, Any]] = []
+        """What its layers were called with by compiled code: slot, ids, and weights if they are captured."""
 
 
 class TransformersTap:
@@ -154,7 +161,7 @@ class TransformersTap:
 
     def _hold_on(self, model: Any, routed: RoutedModel) -> None:
         for slot, layer in enumerate(routed.layers):
-            self._stand(_ExpertsForward(self._tap, slot, layer))
+            self._stand(_ExpertsForward(self._tap, self._local, slot, layer))
         self._stand(_DecoderForward(self, routed.decoder))
         if hasattr(model, "generate"):
             self._generate_arguments = list(inspect.signature(model.generate).parameters)
@@ -226,11 +233,14 @@ class TransformersTap:
 
     def forward_starts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The decoder is about to run with these arguments."""
+        local = self._local
+        local.compiled.clear()  # of a forward that has failed
         step = self._tap.begin()
+        local.in_forward = step is not None
         if step is None:
             return
         try:
-            call = self._local.call
+            call = local.call
             if call is not None and not call.takes_forward():
                 call = None
             if call is None or not call.decodes(kwargs.get("input_ids")):
@@ -242,6 +252,7 @@ class TransformersTap:
 
     def forward_failed(self) -> None:
         """The decoder has raised: what its layers handed over gives no rows."""
+        self._local.in_forward = False
         self._tap.end()
 
     def forward_ends(self, output: Any) -> None:
@@ -250,12 +261,18 @@ class TransformersTap:
         Raises SilentTapError or UnsupportedModelError, after detaching, if the first forward shows that the layers
         do not give what they were taken to give.
         """
+        local = self._local
+        local.in_forward = False
+        if local.compiled:
+            for slot, ids, weights in local.compiled:
+                self._tap.layer(slot, ids, weights)
+            local.compiled.clear()
         step = self._tap.end()
         if step is None or not self._tap.active:  # closed meanwhile, and with that some layers let go
             return
         if step.inputs is None:
             try:
-                self._local.call.decoded(step)  # type: ignore[union-attr]
+                local.call.decoded(step)  # type: ignore[union-attr]
             except Exception as error:
                 self._tap.fail(error)
             return
@@ -366,35 +383,39 @@ class _FollowedMethod(StandIn):
 
 
 class _ExpertsForward(StandIn):
-    """The forward of a routed layer's experts: hands what it is called with to the tap."""
+    """The forward of a routed layer's experts: hands what it is called with to the tap.
 
-    def __init__(self, tap: Tap, slot: int, layer: RoutedLayer) -> None:
+    Compiled code keeps that in a list instead, an effect that torch.compile defers to behind the graph, of which the
+    ids are outputs then: to call the tap would break the graph at each layer.
+    """
+
+    def __init__(self, tap: Tap, local: _Local, slot: int, layer: RoutedLayer) -> None:
         super().__init__(layer.experts, "forward")
-        self.tap = tap
+        self.local = local
         self.slot = slot
-        self.layer = layer
+        self.id_name = layer.id_name
+        self.weight_name = layer.weight_name
+        self.weights = tap.weights
         self.hand_over = tap.layer
-        self.note_uncompiled = uncompiled(self.note)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_compiling():
-            self.note_uncompiled(args, kwargs)
+            if self.local.in_forward:
+                self.local.compiled.append((self.slot, *self.passed(args, kwargs)))
         elif len(args) > 2:
             self.hand_over(self.slot, args[1], args[2])
         else:
-            self.note(args, kwargs)
+            self.hand_over(self.slot, *self.passed(args, kwargs))
         if self.replaced is not MISSING:
             return self.replaced(*args, **kwargs)
         return type(self.owner).forward(self.owner, *args, **kwargs)
 
-    def note(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Have the tap keep a reference to the ids and weights, however they are passed."""
-        try:
-            ids = args[1] if len(args) > 1 else kwargs[self.layer.id_name]
-            weights = args[2] if len(args) > 2 else kwargs[self.layer.weight_name]
-            self.hand_over(self.slot, ids, weights)
-        except Exception as error:
-            self.tap.fail(error)
+    def passed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """The ids, and the weights if they are captured, however they are passed; None for what is not."""
+        ids = args[1] if len(args) > 1 else kwargs.get(self.id_name)
+        if not self.weights:
+            return ids, None
+        return ids, args[2] if len(args) > 2 else kwargs.get(self.weight_name)
 
 
 class _DecoderForward(StandIn):

@@ -9,7 +9,7 @@ on cost 16 µs. What hooks give for that, a stand-in must give, too:
 * a class whose method is patched later, or an instance whose method was replaced before, is called as it is then;
 * if someone has wrapped the stand-in when it is taken off, it stays inside their wrapper and only passes on;
 * a deep copy, or a pickle, of the object has its own method again;
-* torch.compile does not trace what has effects outside its graph.
+* torch.compile does not trace what has effects outside its graph, but for a list that a graph's outputs go to.
 """
 
 import copy
