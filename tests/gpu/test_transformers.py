@@ -123,6 +123,57 @@ def test_five_million_ids(attach: Attach) -> None:
     assert compared > 5_000_000
 
 
+def large_model() -> Any:
+    """Of 24 layers and 128 experts, and so fine that neither batching nor compiling turns a choice."""
+    shape = {"num_hidden_layers": 24, "mlp_only_layers": [], "num_experts": 128, "num_experts_per_tok": 8}
+    model = tiny_models.qwen3_moe(experts_implementation="batched_mm", **shape).cuda().double()
+    model.generation_config.eos_token_id = -1
+    return model
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_five_million_ids_of_a_static_cache_which_compiles_by_itself(attach: Attach, made: Compiled) -> None:
+    model = large_model()
+    capture = attach(model, arena_bytes=1 << 26)
+    twin, compared = large_model(), 0
+    for call in range(4):
+        ids, mask = padded([32 - row % 16 for row in range(64)], seed=call)
+        options: dict[str, Any] = {"max_new_tokens": 112, "do_sample": False, "cache_implementation": "static"}
+        sequences = model.generate(ids.cuda(), attention_mask=mask.cuda(), **options).cpu()
+        assert capture.tap.error is None
+        for row, tokens in enumerate(oracle.request_tokens(sequences, mask, [112] * 64)):
+            rows = capture.rows(f"{call}.{row}")
+            assert rows["token_ids"].tolist() == tokens
+            np.testing.assert_array_equal(rows["experts"], oracle.replayed(twin, tokens))
+            compared += rows["experts"].size
+    print(f"{compared} ids compared, {made.graphs} graphs, {made.replays} replays")
+    assert compared > 5_000_000
+    assert made.replays > 4 * 100
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_five_million_ids_of_compiled_prompts(mode: str, attach: Attach, made: Compiled) -> None:
+    model = large_model()
+    capture = attach(model, arena_bytes=1 << 26)
+    compiled, twin, compared = torch.compile(model, mode=mode), large_model(), 0
+    for call in range(7):
+        ids, _ = padded([128] * 32, seed=call)
+        with torch.no_grad():
+            compiled(ids.cuda(), use_cache=False)
+        assert capture.tap.error is None
+        for row, tokens in enumerate(ids.tolist()):
+            rows = capture.rows(f"{call}.{row}")
+            assert rows["token_ids"].tolist() == tokens
+            np.testing.assert_array_equal(rows["experts"], oracle.replayed(twin, tokens))
+            compared += rows["experts"].size
+    print(f"{compared} ids compared, {made.graphs} graphs, {made.replays} replays")
+    assert compared > 5_000_000
+    assert (made.replays > 0) == (mode == "reduce-overhead")
+
+
 def test_plain_forwards_and_a_loop_over_a_cache(attach: Attach) -> None:
     model = tiny_models.qwen3_moe().cuda()
     capture = attach(model)
@@ -142,13 +193,14 @@ def test_plain_forwards_and_a_loop_over_a_cache(attach: Attach) -> None:
 
 def test_assisted_generation_keeps_accepted_tokens_only(attach: Attach) -> None:
     model = tiny_models.qwen3_moe().cuda()
+    model.generation_config.eos_token_id = None
     capture = attach(model)
-    ids, _ = prompts([9])
-    sequences = model.generate(ids, max_new_tokens=20, do_sample=False, prompt_lookup_num_tokens=3).cpu()
-    assert capture.tap.error is None
-    tokens = oracle.request_tokens(sequences, torch.ones(1, 9), oracle.output_lengths(sequences, 9, [EOS]))[0]
-    rows = capture.rows("0.0")
-    assert rows["token_ids"].tolist() == tokens
+    for call in range(8):
+        ids = torch.tensor([[5 + call, 6, 7, 8] * 2 + [5 + call, 6]], device="cuda")
+        sequences = model.generate(ids, max_new_tokens=20, do_sample=False, prompt_lookup_num_tokens=3).cpu()
+        assert capture.tap.error is None
+        assert sequences.shape == (1, 30)
+        assert capture.rows(f"{call}.0")["token_ids"].tolist() == sequences[0, :-1].tolist()
 
 
 def test_attaching_changes_no_output_and_closing_leaves_nothing(attach: Attach) -> None:
