@@ -71,7 +71,7 @@ bench: build ## Measure what docs/performance.md claims, and write it there
 	python benchmarks/run.py
 
 bench-gpu: ## The same for what needs a GPU, with what test-gpu has installed
-	PYTHONPATH=$(abspath build/gpu) $(PYTHON) benchmarks/run.py gpu_graphs gpu_batching gpu_publish gpu_generate
+	PYTHONPATH=$(abspath build/gpu) $(PYTHON) benchmarks/run.py gpu_graphs gpu_batching gpu_publish gpu_generate gpu_compiled
 
 clean: ## Remove what was built
 	rm -rf $(VENV) target build dist py/expert_lens/_core.abi3.so

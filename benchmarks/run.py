@@ -22,12 +22,14 @@ BENCHMARKS: dict[str, tuple[str, list[str]]] = {
     "handoff": ("Handoff and collector", [*CARGO, "handoff"]),
     "publish": ("What a publish costs the engine's thread", [sys.executable, "benchmarks/publish.py"]),
     "generate": ("transformers `generate`", [sys.executable, "benchmarks/generate.py"]),
+    "compiled": ("transformers `generate`, compiled", [sys.executable, "benchmarks/compiled.py"]),
     "parquet": ("Parquet", [sys.executable, "benchmarks/parquet.py"]),
     "heatmap": ("The heatmap in JupyterLab", [sys.executable, "benchmarks/heatmap.py"]),
     "gpu_graphs": ("On a GPU: decode steps in CUDA graphs", [sys.executable, "benchmarks/gpu_graphs.py"]),
     "gpu_batching": ("On a GPU: `generate_batch` and prefill", [sys.executable, "benchmarks/gpu_batching.py"]),
     "gpu_publish": ("On a GPU: what an eager publish costs", [sys.executable, "benchmarks/gpu_publish.py"]),
     "gpu_generate": ("On a GPU: `generate`", [sys.executable, "benchmarks/gpu_generate.py"]),
+    "gpu_compiled": ("On a GPU: compiled `generate`", [sys.executable, "benchmarks/compiled.py"]),
 }
 SHOWN = ("name", "unit", "median", "spread", "bar")
 
