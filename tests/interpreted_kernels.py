@@ -4,13 +4,14 @@ A process of its own, with TRITON_INTERPRET=1: Triton decides when it is importe
 """
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import triton.language as tl
 
-from expert_lens import kernels
+from expert_lens import graphs, kernels
 
 ENTRIES = 8
 PAYLOAD, SEQUENCE, FREE = 100, 3, -1
@@ -75,36 +76,14 @@ class Graph:
 
     def replay(self) -> None:
         Graph.current = self
-        columns = (self.token_ids, self.positions, self.kv_slots)
-
-        def blocks(values: int, per_word: int) -> int:
-            return -(-values // (per_word * kernels.BLOCK_WORDS))
-
-        num_ids = self.max_rows * self.layers * self.top_k
-        per_word = 8 if self.num_experts <= 256 else 4
-        id_blocks = blocks(num_ids, per_word)
-        column_blocks = blocks(self.max_rows, 2) if any(column is not None for column in columns) else 0
-        weight_blocks = blocks(num_ids, 4) if self.weights else 0
-        table = self.table.ctypes.data
-        addresses = (self.entries.ctypes.data, self.state.ctypes.data, self.taken.ctypes.data)
-        kernels.take_post[(1,)](*addresses, ENTRIES)
+        state, table = self.state.ctypes.data, self.table.ctypes.data
+        kernels.take_post[(1,)](self.entries.ctypes.data, state, self.taken.ctypes.data, ENTRIES)
         assert self.taken[0] == self.state[0], "told as soon as the post is taken"
-        kernels.publish_rows[(id_blocks + column_blocks + weight_blocks,)](
-            self.state.ctypes.data,
-            table,
-            table + 8 * self.layers if self.weights else None,
-            *columns,
-            id_blocks,
-            column_blocks,
-            self.layers,
-            self.top_k,
-            per_word,
-            getattr(tl, str(self.ids[0].dtype).removeprefix("torch.")),
-            self.ids[0].stride(0),
-            getattr(tl, str(self.weights[0].dtype).removeprefix("torch.")) if self.weights else None,
-            self.top_k if self.weights else 0,
-            kernels.BLOCK_WORDS,
-        )
+        columns = graphs._Columns(self.token_ids, self.positions, self.kv_slots)
+        inputs = graphs._Inputs(self.max_rows, self.ids, self.weights, columns)
+        tap: Any = SimpleNamespace(num_experts=self.num_experts, top_k=self.top_k)
+        mailbox: Any = SimpleNamespace(state=state, table=table)
+        graphs._publish(tap, inputs, mailbox)
 
     def expected(self, rows: int) -> list[Any]:
         """The words of each section in order; None for positions that the CPU writes: their place, untouched."""
