@@ -21,7 +21,7 @@ U32 = npt.NDArray[np.uint32]
 class Step:
     """What one forward has handed over: references to its top-k tensors, a slot a routed layer."""
 
-    __slots__ = ("begun", "chosen", "experts", "inputs", "weights")
+    __slots__ = ("begun", "chosen", "experts", "inputs", "repeated", "weights")
 
     def __init__(self, num_layers: int) -> None:
         self.experts: list[torch.Tensor | None] = [None] * num_layers
@@ -31,6 +31,8 @@ class Step:
         """Of a forward that is captured in a CUDA graph: where it began, see `mark_beginning`."""
         self.chosen: torch.cuda.Event | None = None
         """Where all its layers had chosen, see `mark_chosen`."""
+        self.repeated: int | None = None
+        """The slot of a layer that has handed over twice."""
         self.inputs: Any = None
         """What the engine's side needs to know again at the end of the forward; the tap does not look at it."""
 

@@ -124,7 +124,7 @@ class Tap:
         if step is None:
             return
         if step.experts[slot] is not None:
-            self._refuse_second_call(slot)
+            step.repeated = slot
             return
         step.experts[slot] = topk_ids
         if step.weights:
@@ -133,15 +133,21 @@ class Tap:
             self.guard(step.mark_chosen)
 
     def end(self) -> Step | None:
-        """Stop holding: this thread's step, or None if there is none (capture off, or not begun)."""
+        """Stop holding: this thread's step, or None if there is none (capture off, or not begun).
+
+        A layer that was called twice ends the capture: here, as the forward may have failed without a word, and what
+        runs of its layers since, to compute them again for the backward pass, is nobody's.
+        """
         current = self._current
         step = current.step
         if step is not None:
             current.step = None
+            if step.repeated is not None:
+                self._refuse_second_call(step.repeated)
+                return None
         return step
 
     def _refuse_second_call(self, slot: int) -> None:
-        self._current.step = None
         self.fail(
             UnsupportedModelError(
                 f"layer {self.layers[slot]} called its experts twice in one forward, so rows cannot be told "

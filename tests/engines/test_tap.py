@@ -203,9 +203,10 @@ def test_a_layer_that_comes_twice_in_one_forward_ends_the_capture() -> None:
     tap, _ = make_tap()
     tap.begin()
     tap.layer(0, torch.tensor(FIRST))
+    tap.layer(0, torch.tensor(FIRST))
+    assert tap.error is None  # a forward that fails is none
     with pytest.warns(RuntimeWarning, match="layer 1 called its experts twice"):
-        tap.layer(0, torch.tensor(FIRST))
-    assert tap.end() is None
+        assert tap.end() is None
     assert isinstance(tap.error, UnsupportedModelError)
     assert tap.begin() is None
 
