@@ -9,6 +9,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.utils.checkpoint import checkpoint
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 import oracle
@@ -512,7 +514,7 @@ def test_two_threads_in_the_same_compiled_code_have_their_own_rows(attach: Attac
         np.testing.assert_array_equal(rows["experts"], oracle.replayed(twin, rows["token_ids"].tolist()))
 
 
-def test_compiled_code_keeps_nothing_of_a_forward_that_fails_or_is_nobodys(attach: Attach) -> None:
+def test_compiled_layers_of_a_failed_forward_or_of_none_give_no_rows(attach: Attach) -> None:
     model = tiny_models.mixtral(experts_implementation="batched_mm")
     capture = attach(model)
     failing = True
@@ -524,19 +526,93 @@ def test_compiled_code_keeps_nothing_of_a_forward_that_fails_or_is_nobodys(attac
 
     model.model.norm.register_forward_hook(fail)
     compiled = torch.compile(model, backend="eager")
-    kept = capture.tap._local.compiled
+    block = torch.compile(model.model.layers[0].mlp, backend="eager")
     with torch.no_grad():
         with pytest.raises(RuntimeError, match="stop here"):
             compiled(torch.tensor([[5, 6, 7]]), use_cache=False)
-        assert len(kept) == 2
+        block(torch.randn(1, 4, 32))
         failing = False
         compiled(torch.tensor([[8, 9]]), use_cache=False)
-        assert (capture.tap.error, kept) == (None, [])
-        assert capture.rows("0.0")["token_ids"].tolist() == [8, 9]
-        assert capture.stats()["tokens"] == 2
-        capture.close()
-        compiled(torch.tensor([[8, 9]]), use_cache=False)
-    assert kept == []
+        block(torch.randn(1, 4, 32))
+        compiled(torch.tensor([[10, 11, 12]]), use_cache=False)
+    assert capture.tap.error is None
+    assert [capture.rows(name)["token_ids"].tolist() for name in ("0.0", "1.0")] == [[8, 9], [10, 11, 12]]
+    assert capture.stats()["tokens"] == 5
+    twin = tiny_models.mixtral(experts_implementation="batched_mm")
+    np.testing.assert_array_equal(capture.experts("1.0"), oracle.replayed(twin, [10, 11, 12]))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler, which looks at what it traces
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_compiled_layers_that_are_computed_again_for_the_backward_pass(
+    family: str, weights: bool, attach: Attach
+) -> None:
+    """By a compiler that chooses what to keep for it, which must be the same both times; and they give no rows."""
+    model, alone = (FAMILIES[family](experts_implementation="batched_mm").train() for _ in range(2))
+    capture = attach(model, weights=weights)
+    ids, _ = padded([5, 5])
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager_decomp_partition")
+        layer._compiled_call_impl = partial(checkpoint, layer._compiled_call_impl, use_reentrant=False)
+    for _ in range(2):
+        for one in (model, alone):
+            one(ids, labels=ids, use_cache=False).loss.backward()
+    assert capture.tap.error is None
+    assert capture.stats()["tokens"] == 20
+    for parameter, other in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad)
+    for row in range(2):
+        np.testing.assert_array_equal(capture.experts(f"1.{row}"), oracle.replayed(alone, ids[row].tolist()))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler, which looks at what it traces
+def test_a_compiled_forward_that_failed_takes_nothing_that_is_computed_again_later(attach: Attach) -> None:
+    model = tiny_models.mixtral(experts_implementation="batched_mm").train()
+    capture = attach(model)
+    failing = False
+
+    @torch.compiler.disable
+    def fail(*_: Any) -> None:
+        if failing:
+            raise RuntimeError("stop here")
+
+    model.model.norm.register_forward_hook(fail)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    compiled = torch.compile(model, backend="eager")
+    ids, _ = padded([5, 5])
+    losses = [compiled(ids, labels=ids, use_cache=False).loss for _ in range(2)]
+    failing = True
+    with pytest.raises(RuntimeError, match="stop here"):
+        compiled(ids, labels=ids, use_cache=False)
+    failing = False
+    sum(losses).backward()
+    compiled(ids, labels=ids, use_cache=False)
+    assert capture.tap.error is None
+    assert capture.stats()["tokens"] == 30
+
+
+def test_a_static_cache_whose_steps_are_compiled(attach: Attach) -> None:
+    model, twin = (tiny_models.qwen3_moe(experts_implementation="batched_mm") for _ in range(2))
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiling = transformers.CompileConfig(backend=backend, mode=None)
+    compiling._compile_all_devices = True
+    capture = attach(model)
+    ids, mask = padded([4, 9, 7])
+    options = {"do_sample": False, "cache_implementation": "static", "compile_config": compiling}
+    sequences = model.generate(ids, attention_mask=mask, max_new_tokens=12, **options)
+    assert capture.tap.error is None
+    assert graphs
+    lengths = oracle.output_lengths(sequences, 9, [EOS])
+    for row, tokens in enumerate(oracle.request_tokens(sequences, mask, lengths)):
+        rows = capture.rows(f"0.{row}")
+        assert rows["token_ids"].tolist() == tokens
+        np.testing.assert_array_equal(np.sort(rows["experts"], -1), np.sort(oracle.replayed(twin, tokens), -1))
 
 
 def test_compiling_into_one_graph_says_what_stands_in_the_way(attach: Attach) -> None:

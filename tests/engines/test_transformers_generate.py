@@ -401,7 +401,7 @@ def test_assisted_generation_leaves_no_rejected_token_behind(
 def test_what_the_engine_asks_of_drafts_ends_nothing(
     attach: Attach, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompt lookup asked the stopping criteria of its drafts, too, up to transformers 5.17: here it does in any."""
+    """Assisted generation asked the stopping criteria of drafts, too, up to transformers 5.17: here it does in any."""
     model.generation_config.eos_token_id = None
     capture = attach(model)
     criteria: list[Any] = []

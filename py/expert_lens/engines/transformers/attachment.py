@@ -50,14 +50,21 @@ class _Inputs:
 
 
 class _Local(threading.local):
-    """What one thread is in the midst of; all of it set here, as torch.compile sees nothing else of such an object."""
+    """What one thread is in the midst of."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_layers: int) -> None:
         self.call: GenerateCall | None = None
-        self.in_forward = False
-        """Whether a forward has begun that is captured."""
-        self.compiled: list[tuple[int, Any, Any]] = []
-        """What its layers were called with by compiled code: slot, ids, and weights if they are captured."""
+        self.compiled: list[tuple[Any, Any] | None] = [None] * num_layers
+        """What compiled code has called each layer with: ids, and weights if they are captured."""
+        self.has_compiled = [False]
+        """Whether it has; a list, as torch.compile loses what it sets on an object such as this one."""
+
+    def take_compiled(self) -> list[tuple[Any, Any] | None]:
+        """What compiled code has called the layers with, which is forgotten with that."""
+        taken = self.compiled[:]
+        self.compiled[:] = [None] * len(taken)
+        self.has_compiled[0] = False
+        return taken
 
 
 class TransformersTap:
@@ -111,7 +118,7 @@ class TransformersTap:
         self._layers = routed.layers
         self._decoder_arguments = list(inspect.signature(routed.decoder.forward).parameters)
         self._names = RequestNames()
-        self._local = _Local()
+        self._local = _Local(len(routed.layers))
         self._calls: set[GenerateCall] = set()
         self._plain = PlainForwards(self._tap, self._names)
         self._continuous = ContinuousBatches(self._tap, self._names, self._patch)
@@ -149,6 +156,7 @@ class TransformersTap:
             return
         self._closed = True
         self._tap.active = False
+        self._local.take_compiled()
         try:
             for patch in self._patches:
                 patch.remove()
@@ -234,9 +242,9 @@ class TransformersTap:
     def forward_starts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The decoder is about to run with these arguments."""
         local = self._local
-        local.compiled.clear()  # of a forward that has failed
+        if local.has_compiled[0]:  # of a forward that has failed, or of layers that were run alone
+            local.take_compiled()
         step = self._tap.begin()
-        local.in_forward = step is not None
         if step is None:
             return
         try:
@@ -252,7 +260,6 @@ class TransformersTap:
 
     def forward_failed(self) -> None:
         """The decoder has raised: what its layers handed over gives no rows."""
-        self._local.in_forward = False
         self._tap.end()
 
     def forward_ends(self, output: Any) -> None:
@@ -262,11 +269,10 @@ class TransformersTap:
         do not give what they were taken to give.
         """
         local = self._local
-        local.in_forward = False
-        if local.compiled:
-            for slot, ids, weights in local.compiled:
-                self._tap.layer(slot, ids, weights)
-            local.compiled.clear()
+        if local.has_compiled[0]:
+            for slot, called in enumerate(local.take_compiled()):
+                if called is not None:
+                    self._tap.layer(slot, *called)
         step = self._tap.end()
         if step is None or not self._tap.active:  # closed meanwhile, and with that some layers let go
             return
@@ -386,7 +392,8 @@ class _ExpertsForward(StandIn):
     """The forward of a routed layer's experts: hands what it is called with to the tap.
 
     Compiled code keeps that in a list instead, an effect that torch.compile defers to behind the graph, of which the
-    ids are outputs then: to call the tap would break the graph at each layer.
+    ids are outputs then: to call the tap would break the graph at each layer. It does so wherever the layer is run, and
+    whatever the list holds: a recomputation for the backward pass must have the graph that the forward had.
     """
 
     def __init__(self, tap: Tap, local: _Local, slot: int, layer: RoutedLayer) -> None:
@@ -400,8 +407,8 @@ class _ExpertsForward(StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_compiling():
-            if self.local.in_forward:
-                self.local.compiled.append((self.slot, *self.passed(args, kwargs)))
+            self.local.compiled[self.slot] = self.passed(args, kwargs)
+            self.local.has_compiled[0] = True
         elif len(args) > 2:
             self.hand_over(self.slot, args[1], args[2])
         else:

@@ -180,7 +180,7 @@ class GenerateCall:
         if self.mode == "assisted":
             held, self._held = self._held, None
             if held is None:
-                return  # asked of drafts, as prompt lookup of transformers 5.17 does, which end nothing
+                return  # asked of drafts, as transformers did up to 5.17, which end nothing
             self._publish_accepted(held, length)
         if self.sequences is not None and self.mode in ("rows", "assisted"):
             self._done.tell(done)
