@@ -52,19 +52,30 @@ class Process:
     """One way, which answers when asked."""
 
     def __init__(self, way: str) -> None:
+        self.way = way
         command = [sys.executable, __file__, way]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def generate(self, batch: int) -> float:
-        """Generate once: how many seconds it took."""
+    def ask(self, batch: int) -> None:
+        """Have it generate once."""
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         print(batch, file=self.process.stdin, flush=True)
-        return float(self.process.stdout.readline())
+
+    def answer(self) -> float:
+        """How many seconds that took, once it is done."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        return float(line) if line else sys.exit(f"{self.way!r} failed, as its log above tells")
+
+    def generate(self, batch: int) -> float:
+        """Generate once, while the others wait: how many seconds it took."""
+        self.ask(batch)
+        return self.answer()
 
     def end(self) -> None:
-        """Wait for its end."""
+        """Wait for its end, which must be a good one."""
         self.process.communicate()
+        assert self.process.returncode == 0, self.way
 
 
 def main() -> None:
@@ -75,9 +86,11 @@ def main() -> None:
         for process in processes.values():
             stack.callback(process.end)
         for batch in BATCHES:
-            for process in processes.values():
-                for _ in range(WARM_UPS):
-                    process.generate(batch)
+            for _ in range(WARM_UPS):  # all at once: they compile
+                for process in processes.values():
+                    process.ask(batch)
+                for process in processes.values():
+                    process.answer()
             rounds = []
             for _ in range(ROUNDS):
                 order = random.sample(list(WAYS), len(WAYS))

@@ -30,8 +30,10 @@ def nothing(_: Any) -> Iterator[None]:
 @contextmanager
 def lens(model: Any) -> Iterator[None]:
     """Every row published, collected, counted and kept by request."""
-    with expert_lens.attach(model):
+    with expert_lens.attach(model) as attached:
         yield
+        assert attached.stats["error"] is None
+        assert attached.stats["tokens"] > 0
 
 
 @contextmanager
