@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
@@ -446,19 +447,15 @@ def test_a_compiled_model_is_captured_whether_it_was_attached_before_or_after(at
 def test_compiled_code_is_cut_where_the_decoder_ends_and_nowhere_else(parts: str, attach: Attach) -> None:
     """Layers that are compiled one by one are whole, but no two share what was compiled."""
     ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
-    graphs: list[Any] = []
-
-    def backend(graph: Any, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
+    graphs = CompileCounter()
 
     def compiled(model: Any) -> Any:
         torch.compiler.reset()
         graphs.clear()
         if parts == "the whole model":
-            return torch.compile(model, backend=backend)
+            return torch.compile(model, backend=graphs)
         for layer in model.model.layers:
-            layer.compile(backend=backend, fullgraph=True)
+            layer.compile(backend=graphs, fullgraph=True)
         return model
 
     def forward(model: Any) -> None:
@@ -468,11 +465,11 @@ def test_compiled_code_is_cut_where_the_decoder_ends_and_nowhere_else(parts: str
 
     changes = {"num_hidden_layers": 4, "experts_implementation": "batched_mm", "mlp_only_layers": []}
     forward(compiled(tiny_models.qwen3_moe(**changes)))
-    assert len(graphs) == 1
+    assert graphs.frame_count == 1
     model = tiny_models.qwen3_moe(**changes)
     capture = attach(model, weights=True)
     forward(compiled(model))
-    assert len(graphs) == (2 if parts == "the whole model" else 4)
+    assert graphs.frame_count == (2 if parts == "the whole model" else 4)
     twin = tiny_models.qwen3_moe(**changes)
     for call in range(3):
         for row in range(2):
@@ -514,24 +511,31 @@ def test_two_threads_in_the_same_compiled_code_have_their_own_rows(attach: Attac
         np.testing.assert_array_equal(rows["experts"], oracle.replayed(twin, rows["token_ids"].tolist()))
 
 
-def test_compiled_layers_of_a_failed_forward_or_of_none_give_no_rows(attach: Attach) -> None:
-    model = tiny_models.mixtral(experts_implementation="batched_mm")
-    capture = attach(model)
-    failing = True
+def failing_behind_the_layers(model: Any) -> threading.Event:
+    """While it is set, the model's forwards raise where all of its layers have run, compiled or not."""
+    failing = threading.Event()
 
     @torch.compiler.disable
     def fail(*_: Any) -> None:
-        if failing:
+        if failing.is_set():
             raise RuntimeError("stop here")
 
     model.model.norm.register_forward_hook(fail)
+    return failing
+
+
+def test_compiled_layers_of_a_failed_forward_or_of_none_give_no_rows(attach: Attach) -> None:
+    model = tiny_models.mixtral(experts_implementation="batched_mm")
+    capture = attach(model)
+    failing = failing_behind_the_layers(model)
+    failing.set()
     compiled = torch.compile(model, backend="eager")
     block = torch.compile(model.model.layers[0].mlp, backend="eager")
     with torch.no_grad():
         with pytest.raises(RuntimeError, match="stop here"):
             compiled(torch.tensor([[5, 6, 7]]), use_cache=False)
         block(torch.randn(1, 4, 32))
-        failing = False
+        failing.clear()
         compiled(torch.tensor([[8, 9]]), use_cache=False)
         block(torch.randn(1, 4, 32))
         compiled(torch.tensor([[10, 11, 12]]), use_cache=False)
@@ -570,22 +574,15 @@ def test_compiled_layers_that_are_computed_again_for_the_backward_pass(
 def test_a_compiled_forward_that_failed_takes_nothing_that_is_computed_again_later(attach: Attach) -> None:
     model = tiny_models.mixtral(experts_implementation="batched_mm").train()
     capture = attach(model)
-    failing = False
-
-    @torch.compiler.disable
-    def fail(*_: Any) -> None:
-        if failing:
-            raise RuntimeError("stop here")
-
-    model.model.norm.register_forward_hook(fail)
+    failing = failing_behind_the_layers(model)
     model.activation_checkpointing_enable({"use_reentrant": False})
     compiled = torch.compile(model, backend="eager")
     ids, _ = padded([5, 5])
     losses = [compiled(ids, labels=ids, use_cache=False).loss for _ in range(2)]
-    failing = True
+    failing.set()
     with pytest.raises(RuntimeError, match="stop here"):
         compiled(ids, labels=ids, use_cache=False)
-    failing = False
+    failing.clear()
     sum(losses).backward()
     compiled(ids, labels=ids, use_cache=False)
     assert capture.tap.error is None
@@ -594,20 +591,17 @@ def test_a_compiled_forward_that_failed_takes_nothing_that_is_computed_again_lat
 
 def test_a_static_cache_whose_steps_are_compiled(attach: Attach) -> None:
     model, twin = (tiny_models.qwen3_moe(experts_implementation="batched_mm") for _ in range(2))
-    graphs: list[Any] = []
-
-    def backend(graph: Any, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    compiling = transformers.CompileConfig(backend=backend, mode=None)
+    graphs = CompileCounter()
+    compiling = transformers.CompileConfig(
+        backend=lambda *graph: graphs(*graph), mode=None
+    )  # it copies what it is given
     compiling._compile_all_devices = True
     capture = attach(model)
     ids, mask = padded([4, 9, 7])
     options = {"do_sample": False, "cache_implementation": "static", "compile_config": compiling}
     sequences = model.generate(ids, attention_mask=mask, max_new_tokens=12, **options)
     assert capture.tap.error is None
-    assert graphs
+    assert graphs.frame_count > 0
     lengths = oracle.output_lengths(sequences, 9, [EOS])
     for row, tokens in enumerate(oracle.request_tokens(sequences, mask, lengths)):
         rows = capture.rows(f"0.{row}")

@@ -14,7 +14,7 @@ import tiny_models
 from expert_lens.engines import transformers as engine
 from expert_lens.errors import CudaError, UnsupportedModelError
 from oracle import Oracle
-from support import Attach, check_generated, hooks_of, padded
+from support import Attach, Capture, check_generated, hooks_of, padded
 from tiny_models import EOS, FAMILIES
 
 
@@ -131,6 +131,14 @@ def large_model() -> Any:
     return model
 
 
+def compare_alone(capture: Capture, request: str, twin: Any, tokens: list[int]) -> int:
+    """A request has the rows that these tokens have alone, in a model that is alike: how many ids were compared."""
+    rows = capture.rows(request)
+    assert rows["token_ids"].tolist() == tokens
+    np.testing.assert_array_equal(rows["experts"], oracle.replayed(twin, tokens))
+    return int(rows["experts"].size)
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_five_million_ids_of_a_static_cache_which_compiles_by_itself(attach: Attach, made: Compiled) -> None:
@@ -143,10 +151,7 @@ def test_five_million_ids_of_a_static_cache_which_compiles_by_itself(attach: Att
         sequences = model.generate(ids.cuda(), attention_mask=mask.cuda(), **options).cpu()
         assert capture.tap.error is None
         for row, tokens in enumerate(oracle.request_tokens(sequences, mask, [112] * 64)):
-            rows = capture.rows(f"{call}.{row}")
-            assert rows["token_ids"].tolist() == tokens
-            np.testing.assert_array_equal(rows["experts"], oracle.replayed(twin, tokens))
-            compared += rows["experts"].size
+            compared += compare_alone(capture, f"{call}.{row}", twin, tokens)
     print(f"{compared} ids compared, {made.graphs} graphs, {made.replays} replays")
     assert compared > 5_000_000
     assert made.replays > 4 * 100
@@ -165,10 +170,7 @@ def test_five_million_ids_of_compiled_prompts(mode: str, attach: Attach, made: C
             compiled(ids.cuda(), use_cache=False)
         assert capture.tap.error is None
         for row, tokens in enumerate(ids.tolist()):
-            rows = capture.rows(f"{call}.{row}")
-            assert rows["token_ids"].tolist() == tokens
-            np.testing.assert_array_equal(rows["experts"], oracle.replayed(twin, tokens))
-            compared += rows["experts"].size
+            compared += compare_alone(capture, f"{call}.{row}", twin, tokens)
     print(f"{compared} ids compared, {made.graphs} graphs, {made.replays} replays")
     assert compared > 5_000_000
     assert (made.replays > 0) == (mode == "reduce-overhead")
