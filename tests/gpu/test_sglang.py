@@ -117,7 +117,9 @@ def test_what_was_computed_before_attaching_is_missing() -> None:
     assert (found["missing"], found["different"], found["wrong_length"]) == (found["cached"], 0, 0)
 
 
-TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+TWO_GPUS, FOUR_GPUS = (
+    pytest.mark.skipif(torch.cuda.device_count() < gpus, reason=f"needs {gpus} GPUs") for gpus in (2, 4)
+)
 
 
 @pytest.mark.parametrize(("stages", "graphs"), [(1, False), (1, True), pytest.param(2, False, marks=TWO_GPUS)])
@@ -156,6 +158,8 @@ def test_a_server_that_only_the_environment_enables() -> None:
 
 RANKS: dict[str, dict[str, Any]] = {
     "tensor parallel": {"tp_size": 2},
+    "tensor parallel of four": {"tp_size": 4},
+    "data-parallel attention of four": {"tp_size": 4, "dp_size": 2, "ep_size": 4, "enable_dp_attention": True},
     "tensor and expert parallel": {"tp_size": 2, "ep_size": 2},
     "data-parallel attention": {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True},
     "data-parallel attention, no graphs": {
@@ -180,8 +184,7 @@ RANKS: dict[str, dict[str, Any]] = {
 }
 
 
-@TWO_GPUS
-@pytest.mark.parametrize("way", RANKS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=FOUR_GPUS if "four" in way else TWO_GPUS) for way in RANKS])
 def test_rows_of_several_gpus_are_those_of_sglangs_own_capture(way: str) -> None:
     found, log = run("check", dict(RANKS[way]))
     stages = RANKS[way].get("pp_size", 1)
