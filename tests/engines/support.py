@@ -95,17 +95,19 @@ def hooks_of(model: Any) -> list[Any]:
 
 def check_generated(
     capture: Capture,
-    truth: Oracle,
+    truth: Oracle | Array,
     sequences: torch.Tensor,
     mask: torch.Tensor,
     names: Sequence[str],
     *,
     lengths: Sequence[int] | None = None,
-    grid: Array | None = None,
 ) -> list[int]:
-    """Each request has exactly the rows that the experts received for it; gives the outputs' lengths."""
+    """Each request has exactly the rows that the experts received for it; gives the outputs' lengths.
+
+    `truth`: who watched the run, or what all columns of the sequences received, [B, columns, L, K].
+    """
     lengths = lengths or oracle.output_lengths(sequences, mask.shape[1], [EOS])
-    grid = oracle.columns(truth.ids, len(sequences)) if grid is None else grid
+    grid = oracle.columns(truth.ids, len(sequences)) if isinstance(truth, Oracle) else truth
     expected = oracle.request_rows(grid, mask, lengths)
     tokens = oracle.request_tokens(sequences, mask, lengths)
     table = capture.requests()

@@ -72,10 +72,10 @@ def test_one_altered_id_is_found(attach: Attach, model: Any) -> None:
     with Oracle(model).watching() as truth:
         sequences = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
     grid = oracle.columns(truth.ids, 2)
-    check_generated(capture, truth, sequences, mask, ["0.0", "0.1"], grid=grid)
+    check_generated(capture, grid, sequences, mask, ["0.0", "0.1"])
     grid[1, 7, 1, 0] += 1
     with pytest.raises(AssertionError):
-        check_generated(capture, truth, sequences, mask, ["0.0", "0.1"], grid=grid)
+        check_generated(capture, grid, sequences, mask, ["0.0", "0.1"])
 
 
 def test_models_with_more_than_256_experts_are_captured(attach: Attach) -> None:
@@ -206,7 +206,7 @@ def test_without_a_cache_each_position_counts_once(attach: Attach, model: Any) -
     with Oracle(model).watching() as truth:
         sequences = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, use_cache=False)
     grid = oracle.columns_of_refeeding(truth.ids, 2)
-    check_generated(capture, truth, sequences, mask, ["0.0", "0.1"], grid=grid)
+    check_generated(capture, grid, sequences, mask, ["0.0", "0.1"])
     assert capture.stats()["tokens"] == sum(len(capture.experts(f"0.{row}")) for row in range(2))
 
 

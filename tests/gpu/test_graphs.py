@@ -720,7 +720,7 @@ def test_stress(monkeypatch: pytest.MonkeyPatch, mixed: bool, new_tap: NewTap) -
     tap.writer.close()
     assert report(reader) == {
         "rows": sent, "slots": by_graph, "steps": STEPS, "wrong": 0, "wrong_tokens": 0, "wrong_slots": 0, "corrupt": 0,
-        "dropped": 0,
+        "dropped": 0, "last": [0, STEPS - 1, sent],
     }  # fmt: skip
     assert tap.error is None
     assert tap.writer.publisher == GRAPH

@@ -165,7 +165,7 @@ def test_stress(way: str) -> None:
     found = report(reader)
     assert found == {
         "rows": sent, "slots": 0, "steps": STEPS, "wrong": 0, "wrong_tokens": 0, "wrong_slots": 0, "corrupt": 0,
-        "dropped": 0,
+        "dropped": 0, "last": [0, STEPS - 1, sent],
     }  # fmt: skip
     assert writer.publisher == way
 
@@ -464,5 +464,5 @@ def test_two_devices_publish_into_one_arena() -> None:
     found = report(reader)
     assert found == {
         "rows": sent, "slots": by_graph, "steps": 2000, "wrong": 0, "wrong_tokens": 0, "wrong_slots": 0, "corrupt": 0,
-        "dropped": 0,
+        "dropped": 0, "last": [0, 1999, sent],
     }  # fmt: skip

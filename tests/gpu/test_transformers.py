@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compiled_oracle import CompiledOracle
 from torch._dynamo.utils import counters
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -124,34 +125,36 @@ def test_five_million_ids(attach: Attach) -> None:
 
 
 def large_model() -> Any:
-    """Of 24 layers and 128 experts, and so fine that neither batching nor compiling turns a choice."""
+    """Of 24 layers and 128 experts."""
     shape = {"num_hidden_layers": 24, "mlp_only_layers": [], "num_experts": 128, "num_experts_per_tok": 8}
-    model = tiny_models.qwen3_moe(experts_implementation="batched_mm", **shape).cuda().double()
+    model = tiny_models.qwen3_moe(experts_implementation="batched_mm", **shape).cuda().to(torch.bfloat16)
     model.generation_config.eos_token_id = -1
     return model
 
 
-def compare_alone(capture: Capture, request: str, twin: Any, tokens: list[int]) -> int:
-    """A request has the rows that these tokens have alone, in a model that is alike: how many ids were compared."""
-    rows = capture.rows(request)
-    assert rows["token_ids"].tolist() == tokens
-    np.testing.assert_array_equal(rows["experts"], oracle.replayed(twin, tokens))
-    return int(rows["experts"].size)
+def compare_prompts(capture: Capture, call: int, ids: torch.Tensor, grid: Any) -> int:
+    """Each prompt of a batch has the rows that the experts received, [B, n, L, K]; gives how many ids these are."""
+    assert capture.tap.error is None
+    for row, tokens in enumerate(ids.tolist()):
+        assert capture.rows(f"{call}.{row}")["token_ids"].tolist() == tokens
+        np.testing.assert_array_equal(capture.experts(f"{call}.{row}"), grid[row])
+    return int(grid.size)
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_five_million_ids_of_a_static_cache_which_compiles_by_itself(attach: Attach, made: Compiled) -> None:
     model = large_model()
-    capture = attach(model, arena_bytes=1 << 26)
-    twin, compared = large_model(), 0
-    for call in range(4):
-        ids, mask = padded([32 - row % 16 for row in range(64)], seed=call)
-        options: dict[str, Any] = {"max_new_tokens": 112, "do_sample": False, "cache_implementation": "static"}
-        sequences = model.generate(ids.cuda(), attention_mask=mask.cuda(), **options).cpu()
-        assert capture.tap.error is None
-        for row, tokens in enumerate(oracle.request_tokens(sequences, mask, [112] * 64)):
-            compared += compare_alone(capture, f"{call}.{row}", twin, tokens)
+    capture, compared = attach(model, arena_bytes=1 << 26), 0
+    options: dict[str, Any] = {"max_new_tokens": 112, "do_sample": False, "cache_implementation": "static"}
+    with CompiledOracle(model).watching() as truth:
+        for call in range(4):
+            ids, mask = padded([32 - row % 16 for row in range(64)], seed=call)
+            sequences = model.generate(ids.cuda(), attention_mask=mask.cuda(), **options)
+            names = [f"{call}.{row}" for row in range(64)]
+            grid = oracle.columns(truth.forwards([64 * 32] + [64] * 111), 64)
+            check_generated(capture, grid, sequences.cpu(), mask, names, lengths=[112] * 64)
+            compared += sum(capture.experts(name).size for name in names)
     print(f"{compared} ids compared, {made.graphs} graphs, {made.replays} replays")
     assert compared > 5_000_000
     assert made.replays > 4 * 100
@@ -162,15 +165,13 @@ def test_five_million_ids_of_a_static_cache_which_compiles_by_itself(attach: Att
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_five_million_ids_of_compiled_prompts(mode: str, attach: Attach, made: Compiled) -> None:
     model = large_model()
-    capture = attach(model, arena_bytes=1 << 26)
-    compiled, twin, compared = torch.compile(model, mode=mode), large_model(), 0
-    for call in range(7):
-        ids, _ = padded([128] * 32, seed=call)
-        with torch.no_grad():
+    capture, compared = attach(model, arena_bytes=1 << 26), 0
+    compiled = torch.compile(model, mode=mode)
+    with CompiledOracle(model).watching() as truth, torch.no_grad():
+        for call in range(7):
+            ids, _ = padded([128] * 32, seed=call)
             compiled(ids.cuda(), use_cache=False)
-        assert capture.tap.error is None
-        for row, tokens in enumerate(ids.tolist()):
-            compared += compare_alone(capture, f"{call}.{row}", twin, tokens)
+            compared += compare_prompts(capture, call, ids, oracle.columns(truth.forwards([32 * 128]), 32))
     print(f"{compared} ids compared, {made.graphs} graphs, {made.replays} replays")
     assert compared > 5_000_000
     assert (made.replays > 0) == (mode == "reduce-overhead")
@@ -284,18 +285,16 @@ def test_a_compiled_model(mode: str, attach: Attach, made: Compiled) -> None:
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_layers_compiled_one_by_one(mode: str, attach: Attach, made: Compiled) -> None:
-    model, twin = (tiny_models.qwen3_moe(experts_implementation="batched_mm").cuda().double() for _ in range(2))
+    model = tiny_models.qwen3_moe(experts_implementation="batched_mm").cuda()
     capture = attach(model)
     for layer in model.model.layers:
         layer.compile(mode=mode)
-    for call in range(6):
-        ids, _ = padded([7, 7], seed=call)
-        torch.compiler.cudagraph_mark_step_begin()  # a layer's graph would take over what the one before it gives
-        with torch.no_grad():
+    with CompiledOracle(model).watching() as truth, torch.no_grad():
+        for call in range(6):
+            ids, _ = padded([7, 7], seed=call)
+            torch.compiler.cudagraph_mark_step_begin()  # or a layer's graph overwrites what the one before it gave
             model(ids.cuda(), use_cache=False)
-        assert capture.tap.error is None
-        for row, tokens in enumerate(ids.tolist()):
-            compare_alone(capture, f"{call}.{row}", twin, tokens)
+            compare_prompts(capture, call, ids, oracle.columns(truth.forwards([2 * 7]), 2))
     assert made.graphs > 0
     assert (made.replays > 0) == (mode == "reduce-overhead")
 
