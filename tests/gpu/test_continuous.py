@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from graph_oracle import GraphOracle
+from transformers.generation.continuous_batching import input_outputs
 
 from batches import check_batches, generate_batch, small_batches
 from expert_lens import graphs
@@ -34,6 +35,24 @@ MODES: dict[str, dict[str, Any]] = {
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("EXPERT_LENS_PUBLISHER", request.param)
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def filled_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What transformers 5.17 fills for asynchronous batches at the start, it has other streams than those write into;
+    without this, now and then a run with nothing attached gives other tokens from the first one on.
+    """
+    inputs = input_outputs.ContinuousBatchingAsyncIOs
+
+    def waiting(fill: Callable[..., None]) -> Callable[..., None]:
+        def filled(*args: Any, **kwargs: Any) -> None:
+            fill(*args, **kwargs)
+            torch.cuda.synchronize()
+
+        return filled
+
+    for name in ("__init__", "reset"):
+        monkeypatch.setattr(inputs, name, waiting(getattr(inputs, name)))
 
 
 def make_model(family: str = "qwen3_moe", **changes: Any) -> Any:
