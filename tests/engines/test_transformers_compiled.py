@@ -1,6 +1,8 @@
 """Models that torch compiles, whole, by layers or by `generate`: exact, and cut no more than need be."""
 
 import threading
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,12 +12,13 @@ import torch
 import transformers
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 import oracle
 import tiny_models
 from oracle import Oracle
-from support import Attach, padded
-from tiny_models import EOS, FAMILIES
+from support import Attach, Capture, padded
+from tiny_models import EOS, FAMILIES, PAD
 
 
 @pytest.mark.parametrize("attached", ["before", "after"])
@@ -184,24 +187,190 @@ def test_a_compiled_forward_that_failed_takes_nothing_that_is_computed_again_lat
     assert capture.stats()["tokens"] == 30
 
 
-def test_a_static_cache_whose_steps_are_compiled(attach: Attach) -> None:
-    model, twin = (tiny_models.qwen3_moe(experts_implementation="batched_mm") for _ in range(2))
-    graphs = CompileCounter()
-    compiling = transformers.CompileConfig(
-        backend=lambda *graph: graphs(*graph), mode=None
-    )  # it copies what it is given
-    compiling._compile_all_devices = True
-    capture = attach(model)
+def compiling(backend: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    """What has `generate` compile its steps, on a CPU too."""
+    config = transformers.CompileConfig(backend=lambda *one: backend(*one), mode=None, **options)  # it copies this
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config, "do_sample": False, "pad_token_id": PAD}
+
+
+def check_replayed(capture: Capture, name: str, tokens: list[int], twin: Any) -> None:
+    """The request has the rows that these tokens have in the same model alone."""
+    assert capture.rows(name)["token_ids"].tolist() == tokens
+    np.testing.assert_array_equal(np.sort(capture.experts(name), -1), np.sort(oracle.replayed(twin, tokens), -1))
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_the_steps_of_generate_are_one_graph_as_without_a_capture(weights: bool, attach: Attach) -> None:
     ids, mask = padded([4, 9, 7])
-    options = {"do_sample": False, "cache_implementation": "static", "compile_config": compiling}
-    sequences = model.generate(ids, attention_mask=mask, max_new_tokens=12, **options)
+    model, twin = (tiny_models.qwen3_moe(experts_implementation="batched_mm") for _ in range(2))
+
+    def generate(model: Any, graphs: CompileCounter) -> torch.Tensor:
+        torch.compiler.reset()
+        sequences: torch.Tensor = model.generate(
+            ids, attention_mask=mask, max_new_tokens=12, **compiling(graphs, fullgraph=True)
+        )
+        return sequences
+
+    alone, captured = CompileCounter(), CompileCounter()
+    expected = generate(twin, alone)
+    capture = attach(model, weights=weights)
+    sequences = generate(model, captured)
     assert capture.tap.error is None
-    assert graphs.frame_count > 0
+    assert torch.equal(sequences, expected)
+    assert captured.frame_count == alone.frame_count == 1
     lengths = oracle.output_lengths(sequences, 9, [EOS])
     for row, tokens in enumerate(oracle.request_tokens(sequences, mask, lengths)):
-        rows = capture.rows(f"0.{row}")
-        assert rows["token_ids"].tolist() == tokens
-        np.testing.assert_array_equal(np.sort(rows["experts"], -1), np.sort(oracle.replayed(twin, tokens), -1))
+        check_replayed(capture, f"0.{row}", tokens, twin)
+        assert capture.requests()[f"0.{row}"]["tokens"] == len(tokens)
+        if weights:
+            found, expected_weights = capture.rows(f"0.{row}")["weights"], oracle.replayed_with_weights(twin, tokens)[1]
+            np.testing.assert_allclose(np.sort(found, -1), np.sort(expected_weights, -1), rtol=2**-10, atol=1e-6)
+
+
+def test_layers_that_the_compiler_leaves_out_of_a_step_have_their_rows(attach: Attach) -> None:
+    """Whose experts are looked up one by one, which breaks the graph inside of each."""
+    model, twin = (tiny_models.qwen3_moe(experts_implementation="eager") for _ in range(2))
+    model.generation_config.eos_token_id = None
+    graphs = CompileCounter()
+    capture = attach(model)
+    [tokens] = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=9, **compiling(graphs)).tolist()
+    assert capture.tap.error is None
+    assert graphs.frame_count > 3
+    check_replayed(capture, "0.0", tokens[:-1], twin)
+
+
+class Runs(LogitsProcessor):  # type: ignore[misc]
+    """Runs something in each step, between the forward and the stopping criteria."""
+
+    def __init__(self, run: Callable[[torch.Tensor], Any]) -> None:
+        self.run = run
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        with torch.no_grad():
+            self.run(input_ids)
+        return scores
+
+
+@pytest.mark.parametrize("how", ["as it is", "compiled", "in a generate of its own"])
+def test_what_runs_the_model_behind_a_compiled_step_takes_nothing_of_it(how: str, attach: Attach) -> None:
+    model, twin = (tiny_models.qwen3_moe(experts_implementation="batched_mm") for _ in range(2))
+    model.generation_config.eos_token_id = None
+    graphs = CompileCounter()
+    other = torch.tensor([[9, 9, 9]])
+    compiled = torch.compile(model, backend="eager")
+    run: Callable[[torch.Tensor], Any] = {
+        "as it is": lambda ids: model(ids, use_cache=False),
+        "compiled": lambda _: compiled(other, use_cache=False),
+        "in a generate of its own": lambda _: model.generate(other, max_new_tokens=3, **compiling(graphs)),
+    }[how]
+    capture = attach(model)
+    options = {**compiling(graphs), "logits_processor": LogitsProcessorList([Runs(run)])}
+    [tokens] = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6, **options).tolist()
+    assert capture.tap.error is None
+    assert graphs.frame_count > 0
+    check_replayed(capture, "0.0", tokens[:-1], twin)
+    table = capture.requests()
+    assert table.pop("0.0") == {"state": "finished", "prompt_tokens": 3, "tokens": 8, "missing": 0}
+    theirs = [capture.rows(name)["token_ids"].tolist() for name in table]
+    if how == "as it is":
+        assert theirs == [tokens[:length] for length in range(3, 9)]
+    elif how == "compiled":
+        assert theirs == [[9, 9, 9]] * 6
+    else:
+        assert [len(one) for one in theirs] == [5] * 6
+    for name in table:
+        check_replayed(capture, name, capture.rows(name)["token_ids"].tolist(), twin)
+
+
+@pytest.mark.parametrize(("where", "rows"), [("first step", 3), ("third step", 5), ("behind the third step", 6)])
+def test_a_call_that_fails_has_the_rows_of_the_steps_that_did_not(where: str, rows: int, attach: Attach) -> None:
+    model, twin = (tiny_models.qwen3_moe(experts_implementation="batched_mm") for _ in range(2))
+    model.generation_config.eos_token_id = None
+    capture = attach(model)
+    failing = threading.Event()
+
+    def failing_graph(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            if failing.is_set():
+                raise RuntimeError("stop here")
+            return graph(*args)
+
+        return run
+
+    def fail(input_ids: torch.Tensor) -> None:
+        if where == "behind the third step" and input_ids.shape[1] == 6:
+            raise RuntimeError("stop here")
+        if where == {3: "first step", 5: "third step"}.get(input_ids.shape[1]):
+            failing.set()
+
+    options = compiling(failing_graph)
+    prompt = torch.tensor([[5, 6, 7]])
+    with pytest.raises(RuntimeError, match="stop here"):
+        model.generate(prompt, max_new_tokens=6, **options, logits_processor=LogitsProcessorList([Runs(fail)]))
+    failing.clear()
+    with torch.no_grad():
+        torch.compile(model, backend="eager")(torch.tensor([[9, 8]]), use_cache=False)
+    [tokens] = model.generate(prompt, max_new_tokens=6, **options).tolist()
+    assert capture.tap.error is None
+    ends = {name: (entry["state"], entry["tokens"]) for name, entry in capture.requests().items()}
+    assert ends == {"0.0": ("aborted", rows), "1.0": ("finished", 2), "2.0": ("finished", 8)}
+    for name, of_it in (("0.0", tokens[:rows]), ("1.0", [9, 8]), ("2.0", tokens[:8])):
+        check_replayed(capture, name, of_it, twin)
+
+
+@pytest.mark.parametrize("how", ["closed", "failed"])
+def test_a_capture_that_ends_between_compiled_steps_leaves_the_call_alone(
+    how: str, attach: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, twin = (tiny_models.qwen3_moe(experts_implementation="batched_mm") for _ in range(2))
+    for each in (model, twin):
+        each.generation_config.eos_token_id = None
+    ids, graphs = torch.tensor([[5, 6, 7]]), CompileCounter()
+    expected = twin.generate(ids, max_new_tokens=8, **compiling(graphs))
+    capture = attach(model)
+
+    def broken(*_: Any) -> None:
+        raise ValueError("ours")
+
+    def end(input_ids: torch.Tensor) -> None:
+        if input_ids.shape[1] == 6 and how == "closed":
+            capture.tap.close()
+        elif input_ids.shape[1] == 6:
+            monkeypatch.setattr(capture.tap._tap, "publish_next", broken)
+
+    warned = pytest.warns(RuntimeWarning, match="ours") if how == "failed" else nullcontext()
+    with warned:
+        sequences = model.generate(
+            ids, max_new_tokens=8, **compiling(graphs), logits_processor=LogitsProcessorList([Runs(end)])
+        )
+    assert torch.equal(sequences, expected)
+    assert len(capture.experts("0.0")) in (5, 6)
+    np.testing.assert_array_equal(capture.rows("0.0")["token_ids"], sequences[0, : len(capture.experts("0.0"))])
+
+
+def test_two_threads_that_generate_in_the_same_compiled_code_have_their_own_rows(attach: Attach) -> None:
+    model, twin = (tiny_models.qwen3_moe(experts_implementation="batched_mm") for _ in range(2))
+    model.generation_config.eos_token_id = None
+    capture, graphs, meet = attach(model), CompileCounter(), threading.Barrier(2)
+    found: dict[str, list[int]] = {}
+
+    def run(first: int) -> None:
+        processors = LogitsProcessorList([Runs(lambda _: meet.wait(60))])
+        with capture.tap.request(f"from {first}"):
+            ids = torch.tensor([[first, first + 5, first]])
+            options = {**compiling(graphs), "logits_processor": processors}
+            [found[f"from {first}"]] = model.generate(ids, max_new_tokens=8, **options).tolist()
+
+    threads = [threading.Thread(target=run, args=(first,)) for first in (5, 25)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert capture.tap.error is None
+    assert set(capture.requests()) == set(found) == {"from 5", "from 25"}
+    for name, tokens in found.items():
+        check_replayed(capture, name, tokens[:-1], twin)
 
 
 def test_compiling_into_one_graph_says_what_stands_in_the_way(attach: Attach) -> None:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 __all__ = ["TransformersTap"]
 
 DEVICES = ("cpu", "cuda", "meta")
+
+AT_END, MAY_WAIT, WAITS = range(3)
+"""When the ids of a compiled forward are taken: as the decoder's forward ends, for which its graph is cut. Or, if it is
+a decoding step of `generate`, which may be compiled as a whole, when the stopping criteria are asked; and it waits."""
 
 
 @dataclass(slots=True)
@@ -58,6 +63,8 @@ class _Local(threading.local):
         """What compiled code has called each layer with: ids, and weights if they are captured."""
         self.has_compiled = [False]
         """Whether it has; a list, as torch.compile loses what it sets on an object such as this one."""
+        self.taken = [AT_END]
+        """When what the coming forward calls them with is taken."""
 
     def take_compiled(self) -> list[tuple[Any, Any] | None]:
         """What compiled code has called the layers with, which is forgotten with that."""
@@ -170,7 +177,7 @@ class TransformersTap:
     def _hold_on(self, model: Any, routed: RoutedModel) -> None:
         for slot, layer in enumerate(routed.layers):
             self._stand(_ExpertsForward(self._tap, self._local, slot, layer))
-        self._stand(_DecoderForward(self, routed.decoder))
+        self._stand(_DecoderForward(self, routed.decoder, self._local))
         if hasattr(model, "generate"):
             self._generate_arguments = list(inspect.signature(model.generate).parameters)
             self._patch(model, "generate", self._generate)
@@ -193,6 +200,7 @@ class TransformersTap:
             return original(*args, **kwargs)
         arguments = {**kwargs, **dict(zip(self._generate_arguments, args, strict=False))}
         call = GenerateCall(self._tap, self._names, arguments)
+        self._take_waiting()
         outer, self._local.call = self._local.call, call
         self._calls.add(call)
         state: EndState = "aborted"
@@ -203,6 +211,7 @@ class TransformersTap:
                 self._check_seen(call)
             return result
         finally:
+            self._take_waiting()
             self._local.call = outer
             self._calls.discard(call)
             call.finish(state)
@@ -214,10 +223,17 @@ class TransformersTap:
             return criteria
         try:
             call.set_mode(kwargs["generation_config"] if "generation_config" in kwargs else args[0])
-            return follow_criteria(criteria, call)
+            return follow_criteria(criteria, partial(self._criteria_called, call))
         except Exception as error:
             self._tap.fail(error)
             return criteria
+
+    def _criteria_called(self, call: GenerateCall, length: int, done: torch.Tensor) -> None:
+        self._take_waiting()
+        try:
+            call.criteria_called(length, done)
+        except Exception as error:
+            self._tap.fail(error)
 
     def _prepare_inputs_for_generation(
         self, original: Callable[..., Any], input_ids: Any, *args: Any, **kwargs: Any
@@ -225,7 +241,14 @@ class TransformersTap:
         prepared = original(input_ids, *args, **kwargs)
         call = self._local.call
         if call is not None:
-            call.prepared(input_ids, kwargs.get("attention_mask"), prepared.get("input_ids"))
+            mask, tokens, cache = (
+                kwargs.get("attention_mask"),
+                prepared.get("input_ids"),
+                prepared.get("past_key_values"),
+            )
+            if call.prepared(input_ids, mask, tokens, cache):
+                self._tap.begin()  # for layers that run uncompiled within a compiled forward
+                self._local.taken[0] = MAY_WAIT
         return prepared
 
     def _init_continuous_batching(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -242,6 +265,8 @@ class TransformersTap:
     def forward_starts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The decoder is about to run with these arguments."""
         local = self._local
+        if local.taken[0] != AT_END:
+            self._take_waiting()
         if local.has_compiled[0]:  # of a forward that has failed, or of layers that were run alone
             local.take_compiled()
         step = self._tap.begin()
@@ -268,17 +293,12 @@ class TransformersTap:
         Raises SilentTapError or UnsupportedModelError, after detaching, if the first forward shows that the layers
         do not give what they were taken to give.
         """
-        local = self._local
-        if local.has_compiled[0]:
-            for slot, called in enumerate(local.take_compiled()):
-                if called is not None:
-                    self._tap.layer(slot, *called)
-        step = self._tap.end()
-        if step is None or not self._tap.active:  # closed meanwhile, and with that some layers let go
+        step = self._end()
+        if step is None:
             return
         if step.inputs is None:
             try:
-                local.call.decoded(step)  # type: ignore[union-attr]
+                self._local.call.decoded(step)  # type: ignore[union-attr]
             except Exception as error:
                 self._tap.fail(error)
             return
@@ -297,6 +317,30 @@ class TransformersTap:
             raise
         except Exception as error:
             self._tap.fail(error)
+
+    def _take_waiting(self) -> None:
+        """Publish the decoding step that has run as a whole and waits for it, if there is one."""
+        local = self._local
+        taken, local.taken[0] = local.taken[0], AT_END
+        if taken != WAITS:
+            return
+        step = self._end()
+        if step is None:
+            return
+        try:
+            local.call.decoded_as_prepared(step)  # type: ignore[union-attr]
+        except Exception as error:
+            self._tap.fail(error)
+
+    def _end(self) -> Step | None:
+        """This thread's step, with what its layers were called with; None if there is none, or the capture is off."""
+        local = self._local
+        if local.has_compiled[0]:
+            for slot, called in enumerate(local.take_compiled()):
+                if called is not None:
+                    self._tap.layer(slot, *called)
+        step = self._tap.end()
+        return step if self._tap.active else None  # closed meanwhile, and with that some layers let go
 
     def _read(self, call: GenerateCall | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Inputs:
         named = {**dict(zip(self._decoder_arguments, args, strict=False)), **kwargs} if args else kwargs
@@ -426,16 +470,24 @@ class _ExpertsForward(StandIn):
 
 
 class _DecoderForward(StandIn):
-    """The forward of the text decoder: begins a step, and publishes it when all has gone well."""
+    """The forward of the text decoder: begins a step, and publishes it when all has gone well.
 
-    def __init__(self, capture: TransformersTap, decoder: nn.Module) -> None:
+    Both break the graph of compiled code, so they are left out of a decoding step that `generate` tells of by itself.
+    """
+
+    def __init__(self, capture: TransformersTap, decoder: nn.Module, local: _Local) -> None:
         super().__init__(decoder, "forward")
         self.capture = capture
+        self.local = local
         self.starts_uncompiled = uncompiled(capture.forward_starts)
         self.ends_uncompiled = uncompiled(capture.forward_ends)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_compiling():
+            if self.local.taken[0] == MAY_WAIT:
+                output = self.call_original(*args, **kwargs)
+                self.local.taken[0] = WAITS
+                return output
             self.starts_uncompiled(args, kwargs)
             output = self.call_original(*args, **kwargs)
             self.ends_uncompiled(output)

@@ -1,5 +1,6 @@
 """Following one `generate` call: which rows of each forward belong to which sequence, and when each has ended."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -124,6 +125,7 @@ class GenerateCall:
         self._prompt_mask: Any = arguments.get("attention_mask")
         self._total = 0
         self._prepared = False
+        self._may_compile = False
         self._decoding = False
         self._checked = False
         self._held: _Held | None = None
@@ -147,14 +149,20 @@ class GenerateCall:
         else:
             self.mode = "anonymous"
 
-    def prepared(self, input_ids: Any, mask: Any, tokens: Any) -> None:
-        """The engine prepares a forward: all ids so far, the mask over all columns, the ids to be forwarded."""
+    def prepared(self, input_ids: Any, mask: Any, tokens: Any, cache: Any) -> bool:
+        """The engine prepares a forward: all ids so far, the mask over all columns, the ids to be forwarded, the cache.
+
+        Gives whether that is a decoding step that may be compiled, of which all is known for `decoded_as_prepared`.
+        """
         self._prepared = True
-        if self.steady:
-            return
-        self._total = input_ids.shape[1] if input_ids is not None else 0
-        self.mask = mask
+        if self.steady and not self._may_compile:
+            return False
         self.prepared_tokens = tokens
+        if not self.steady:
+            self._total = input_ids.shape[1] if input_ids is not None else 0
+            self.mask = mask
+            self._may_compile = self.mode == "rows" and bool(getattr(cache, "is_compileable", False))
+        return self._may_compile and self._decoding and tokens is not None and tokens.shape[1] == 1
 
     def forwarded(self, step: Step, columns: Columns) -> None:
         """Publish a forward's rows, or hold them until it is known which count.
@@ -187,10 +195,6 @@ class GenerateCall:
             if not done.is_cuda:
                 self._hear_done(self.sequences)
 
-    def fail(self, error: Exception) -> None:
-        """Switch the capture off because of this error."""
-        self._tap.fail(error)
-
     def finish(self, state: "EndState") -> None:
         """The call is over: so are its sequences."""
         if self.sequences is not None:
@@ -214,6 +218,15 @@ class GenerateCall:
             return False
         self._step_tokens = token_ids
         return True
+
+    def decoded_as_prepared(self, step: Step) -> None:
+        """Publish the rows of the decoding step that was prepared last, and has run without a word of its own."""
+        self._prepared = False
+        tokens = self.prepared_tokens
+        if self.decodes(tokens):
+            self.decoded(step)
+        else:
+            self.forwarded(step, Columns(len(tokens), 1, 0, True, tokens))
 
     def decoded(self, step: Step) -> None:
         """Publish the rows of a usual decoding step."""
@@ -320,16 +333,13 @@ class GenerateCall:
         self._tap.publish(held.experts, held.weights, join_rows(first, second))
 
 
-def follow_criteria(criteria: Any, call: GenerateCall) -> Any:
-    """The same stopping criteria, telling the call what they found each time they are asked."""
+def follow_criteria(criteria: Any, called: Callable[[int, torch.Tensor], None]) -> Any:
+    """The same stopping criteria, telling what they found each time they are asked: see `criteria_called`."""
 
     class FollowedCriteria(StoppingCriteriaList):  # type: ignore[misc]
         def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
             done = super().__call__(input_ids, scores, **kwargs)
-            try:
-                call.criteria_called(input_ids.shape[1], done)
-            except Exception as error:  # ours: the generation must go on
-                call.fail(error)
+            called(input_ids.shape[1], done)
             return done
 
     return FollowedCriteria(criteria)
