@@ -20,7 +20,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@command -v cargo >/dev/null || { echo "Rust is needed: https://rustup.rs"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt uv
-	uv pip install -q -c constraints.txt -r pyproject.toml --extra transformers --extra dev
+	uv pip install -q --compile-bytecode -c constraints.txt -r pyproject.toml --extra transformers --extra dev
 	@touch $@
 
 $(VENV)/built: $(VENV)/installed $(RUST)

@@ -53,7 +53,8 @@ def _installed(version: str) -> Path:
     )
     (part / "overrides.txt").write_text('torch; sys_platform == "never"\n')
     files = ("--constraint", str(part / "constraints.txt"), "--override", str(part / "overrides.txt"))
-    _install(part, *files, *(name + asked.get(name, "") for name in NEEDS))
+    compiled = "--compile-bytecode"  # once, and not in each of an engine's processes
+    _install(part, compiled, *files, *(name + asked.get(name, "") for name in NEEDS))
     (part / "sgl_kernel").mkdir()
     for module in ("__init__", "kvcacheio"):
         shutil.copy(HERE / "no_sgl_kernel.py", part / "sgl_kernel" / f"{module}.py")
