@@ -404,6 +404,24 @@ def test_an_engine_that_stops_asking_the_criteria_is_noticed(attach: Attach, mod
     assert isinstance(capture.tap.error, EngineHookError)
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_steps_that_run_past_the_decoder_are_noticed(cache: str, attach: Attach) -> None:
+    model, other = tiny_models.qwen3_moe(), tiny_models.qwen3_moe()
+    model.generation_config.eos_token_id = None
+    capture = attach(model)
+    forward = model.forward
+
+    def run(input_ids: Any, **kwargs: Any) -> Any:
+        return (forward if input_ids.shape[1] > 1 else other)(input_ids=input_ids, **kwargs)
+
+    model.forward = run
+    options = {"cache_implementation": cache, "disable_compile": True, "pad_token_id": PAD}
+    with pytest.warns(RuntimeWarning, match="its forward was not seen"):
+        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, **options)
+    assert isinstance(capture.tap.error, EngineHookError)
+    assert capture.stats()["tokens"] == 3
+
+
 def test_a_generation_function_of_the_users_own_is_counted_and_kept_for_no_request(
     attach: Attach,
     model: Any,

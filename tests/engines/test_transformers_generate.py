@@ -279,7 +279,9 @@ class Runs(LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
-@pytest.mark.parametrize("how", ["its ids", "another prompt", "one token", "in a generate of its own"])
+@pytest.mark.parametrize(
+    "how", ["its ids", "another prompt", "one token", "in a generate of its own", "as it prepares it"]
+)
 def test_what_runs_the_model_during_a_call_gives_no_rows_to_its_requests(how: str, attach: Attach, model: Any) -> None:
     prompt = torch.tensor([[5, 6, 7]])
     other = torch.tensor([[9, 9, 9]])
@@ -288,6 +290,7 @@ def test_what_runs_the_model_during_a_call_gives_no_rows_to_its_requests(how: st
         "another prompt": lambda ids: model(other, past_key_values=DynamicCache()),  # noqa: ARG005
         "one token": lambda ids: model(ids[:, -1:]),
         "in a generate of its own": lambda ids: model.generate(other, max_new_tokens=2, pad_token_id=PAD),  # noqa: ARG005
+        "as it prepares it": lambda ids: model(**model.prepare_inputs_for_generation(other, use_cache=False)),  # noqa: ARG005
     }[how]
     model.generation_config.eos_token_id = None
     capture = attach(model)
@@ -299,6 +302,19 @@ def test_what_runs_the_model_during_a_call_gives_no_rows_to_its_requests(how: st
     assert rows["token_ids"].tolist() == tokens
     np.testing.assert_array_equal(capture.experts("0.0"), oracle.replayed(model, tokens))
     assert capture.requests()["0.0"] == {"state": "finished", "prompt_tokens": 3, "tokens": 7, "missing": 0}
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_decoder_that_is_given_embeddings_has_the_token_ids_of_the_call(cache: str, attach: Attach) -> None:
+    model, twin = tiny_models.qwen3_vl_moe(), tiny_models.qwen3_vl_moe()
+    model.generation_config.eos_token_id = None
+    capture = attach(model)
+    options = {"do_sample": False, "pad_token_id": PAD, "cache_implementation": cache, "disable_compile": True}
+    sequences = model.generate(torch.tensor([[5, 6, 7], [8, 9, 10]]), max_new_tokens=7, **options)
+    assert capture.tap.error is None
+    for row, tokens in enumerate(sequences[:, :-1].tolist()):
+        assert capture.rows(f"0.{row}")["token_ids"].tolist() == tokens
+        np.testing.assert_array_equal(capture.experts(f"0.{row}"), oracle.replayed(twin, tokens))
 
 
 @pytest.mark.parametrize("negative", [None, [[9, 9, 9, 9, 9, 9]]])

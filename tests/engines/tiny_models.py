@@ -74,6 +74,31 @@ def gpt_oss(**changes: Any) -> Any:
     return _build(transformers.GptOssForCausalLM, transformers.GptOssConfig, options, changes)
 
 
+def qwen3_vl_moe() -> Any:
+    """Two layers of 8 experts, 2 a token; its decoder is given embeddings, into which images could be mixed."""
+    text = {
+        **COMMON,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "moe_intermediate_size": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_heads": 4,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    }
+    tokens = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
+    model_class, config_class = transformers.Qwen3VLMoeForConditionalGeneration, transformers.Qwen3VLMoeConfig
+    return _build(model_class, config_class, {"text_config": text, "vision_config": vision, **tokens}, {})
+
+
 def many_experts() -> Any:
     """More experts than a byte can number."""
     return mixtral(num_local_experts=300, num_experts_per_tok=5, intermediate_size=4)

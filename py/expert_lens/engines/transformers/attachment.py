@@ -35,7 +35,7 @@ DEVICES = ("cpu", "cuda", "meta")
 
 AT_END, MAY_WAIT, WAITS = range(3)
 """When the ids of a compiled forward are taken: as the decoder's forward ends, for which its graph is cut. Or, if it is
-a decoding step of `generate`, which may be compiled as a whole, when the stopping criteria are asked; and it waits."""
+a decoding step of `generate`, which may be compiled as a whole, right behind it; and that it has run, and waits."""
 
 
 @dataclass(slots=True)
@@ -183,6 +183,7 @@ class TransformersTap:
             self._patch(model, "generate", self._generate)
             self._patch(model, "_get_stopping_criteria", self._get_stopping_criteria)
             self._patch(model, "prepare_inputs_for_generation", self._prepare_inputs_for_generation)
+            self._patch(model, "_update_model_kwargs_for_generation", self._update_model_kwargs_for_generation)
             self._patch(model, "init_continuous_batching", self._init_continuous_batching)
         forget_compiled_code()
 
@@ -200,7 +201,6 @@ class TransformersTap:
             return original(*args, **kwargs)
         arguments = {**kwargs, **dict(zip(self._generate_arguments, args, strict=False))}
         call = GenerateCall(self._tap, self._names, arguments)
-        self._take_waiting()
         outer, self._local.call = self._local.call, call
         self._calls.add(call)
         state: EndState = "aborted"
@@ -223,17 +223,10 @@ class TransformersTap:
             return criteria
         try:
             call.set_mode(kwargs["generation_config"] if "generation_config" in kwargs else args[0])
-            return follow_criteria(criteria, partial(self._criteria_called, call))
+            return follow_criteria(criteria, partial(self._tap.guard, call.criteria_called))
         except Exception as error:
             self._tap.fail(error)
             return criteria
-
-    def _criteria_called(self, call: GenerateCall, length: int, done: torch.Tensor) -> None:
-        self._take_waiting()
-        try:
-            call.criteria_called(length, done)
-        except Exception as error:
-            self._tap.fail(error)
 
     def _prepare_inputs_for_generation(
         self, original: Callable[..., Any], input_ids: Any, *args: Any, **kwargs: Any
@@ -241,15 +234,22 @@ class TransformersTap:
         prepared = original(input_ids, *args, **kwargs)
         call = self._local.call
         if call is not None:
-            mask, tokens, cache = (
-                kwargs.get("attention_mask"),
-                prepared.get("input_ids"),
-                prepared.get("past_key_values"),
-            )
-            if call.prepared(input_ids, mask, tokens, cache):
-                self._tap.begin()  # for layers that run uncompiled within a compiled forward
-                self._local.taken[0] = MAY_WAIT
+            try:
+                if call.prepared(input_ids, kwargs.get("attention_mask"), prepared):
+                    self._local.take_compiled()
+                    self._tap.begin()  # for layers that run uncompiled within a compiled forward
+                    self._local.taken[0] = MAY_WAIT
+            except Exception as error:
+                self._tap.fail(error)
         return prepared
+
+    def _update_model_kwargs_for_generation(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What `generate` does first with what a forward of its own gave."""
+        call = self._local.call
+        if call is not None:
+            self._take_waiting()
+            call.chooses()
+        return original(*args, **kwargs)
 
     def _init_continuous_batching(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         manager = original(*args, **kwargs)
@@ -322,15 +322,11 @@ class TransformersTap:
         """Publish the decoding step that has run as a whole and waits for it, if there is one."""
         local = self._local
         taken, local.taken[0] = local.taken[0], AT_END
-        if taken != WAITS:
-            return
-        step = self._end()
-        if step is None:
-            return
-        try:
-            local.call.decoded_as_prepared(step)  # type: ignore[union-attr]
-        except Exception as error:
-            self._tap.fail(error)
+        if taken == MAY_WAIT:  # it has failed, or is not compiled
+            local.take_compiled()
+            self._tap.end()
+        elif taken == WAITS and (step := self._end()) is not None:
+            self._tap.guard(local.call.decoded_as_prepared, step)  # type: ignore[union-attr]
 
     def _end(self) -> Step | None:
         """This thread's step, with what its layers were called with; None if there is none, or the capture is off."""

@@ -126,6 +126,7 @@ class GenerateCall:
         self._total = 0
         self._prepared = False
         self._may_compile = False
+        self._chooses = False
         self._decoding = False
         self._checked = False
         self._held: _Held | None = None
@@ -149,20 +150,25 @@ class GenerateCall:
         else:
             self.mode = "anonymous"
 
-    def prepared(self, input_ids: Any, mask: Any, tokens: Any, cache: Any) -> bool:
-        """The engine prepares a forward: all ids so far, the mask over all columns, the ids to be forwarded, the cache.
+    def prepared(self, input_ids: Any, mask: Any, inputs: dict[str, Any]) -> bool:
+        """A forward is prepared: all ids so far, the mask over all columns, and what the model is to be called with.
 
         Gives whether that is a decoding step that may be compiled, of which all is known for `decoded_as_prepared`.
         """
+        if self._chooses and not (self.sequences is not None and self.sequences.all_done()):
+            return False  # by a logits processor, for itself
         self._prepared = True
-        if self.steady and not self._may_compile:
-            return False
-        self.prepared_tokens = tokens
+        tokens = self.prepared_tokens = inputs.get("input_ids")
         if not self.steady:
             self._total = input_ids.shape[1] if input_ids is not None else 0
             self.mask = mask
+            cache = inputs.get("past_key_values")
             self._may_compile = self.mode == "rows" and bool(getattr(cache, "is_compileable", False))
         return self._may_compile and self._decoding and tokens is not None and tokens.shape[1] == 1
+
+    def chooses(self) -> None:
+        """The engine has its forward, and goes on to choose tokens, until it asks the stopping criteria."""
+        self._chooses = self.mode == "rows"
 
     def forwarded(self, step: Step, columns: Columns) -> None:
         """Publish a forward's rows, or hold them until it is known which count.
@@ -183,6 +189,9 @@ class GenerateCall:
 
     def criteria_called(self, length: int, done: torch.Tensor) -> None:
         """The engine has chosen tokens, `length` in each sequence by now, and found which sequences end with them."""
+        if self._prepared and self.mode == "rows" and self.num_forwards:
+            raise EngineHookError(f"generate has chosen tokens, and its forward was not seen: {UNKNOWN_RELEASE}")
+        self._chooses = False
         self._decoding = True
         self._checked = True
         if self.mode == "assisted":
