@@ -9,6 +9,7 @@ from compiled_oracle import CompiledOracle
 from torch._dynamo.utils import counters
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from transformers import LogitsProcessor, LogitsProcessorList
 
 import oracle
 import tiny_models
@@ -234,6 +235,31 @@ def test_a_static_cache_which_compiles_by_itself(attach: Attach, made: Compiled)
         experts, weights = oracle.replayed_with_weights(model, tokens)
         np.testing.assert_array_equal(rows["experts"], experts)
         np.testing.assert_allclose(rows["weights"], weights, rtol=2**-10, atol=1e-6)  # see `test_a_compiled_model`
+
+
+class Doubles(LogitsProcessor):  # type: ignore[misc]
+    """In a CUDA graph of the compiler, which may take over the memory of those before it."""
+
+    def __init__(self) -> None:
+        self.double = torch.compile(lambda scores: scores + scores, mode="reduce-overhead")
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:  # noqa: ARG002
+        return self.double(scores).clone()
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_what_runs_in_graphs_of_the_compiler_behind_a_step_takes_nothing_of_it(attach: Attach, made: Compiled) -> None:
+    model = tiny_models.qwen3_moe(experts_implementation="batched_mm").cuda()
+    model.generation_config.eos_token_id = -1
+    capture = attach(model)
+    ids, mask = prompts([4, 9, 7])
+    options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "cache_implementation": "static"}
+    with CompiledOracle(model).watching() as truth:
+        processors = LogitsProcessorList([Doubles()])
+        sequences = model.generate(ids, attention_mask=mask, logits_processor=processors, **options).cpu()
+        grid = oracle.columns(truth.forwards([3 * 9] + [3] * 19), 3)
+    assert made.replays > 2 * 10
+    check_generated(capture, grid, sequences, mask.cpu(), ["0.0", "0.1", "0.2"], lengths=[20] * 3)
 
 
 def test_a_forward_that_is_captured_switches_the_capture_off_and_says_why(attach: Attach) -> None:
