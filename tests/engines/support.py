@@ -1,11 +1,13 @@
 """A model attached, with a reader at the other end of its arena; and what tests of engines ask of both."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 import oracle
 from expert_lens._core import Collector
@@ -91,6 +93,29 @@ def hooks_of(model: Any) -> list[Any]:
     ] + [
         (name, key) for name, module in model.named_modules() for key, value in vars(module).items() if callable(value)
     ]
+
+
+class Runs(LogitsProcessor):  # type: ignore[misc]
+    """Runs something between a forward and the stopping criteria, as a critic or a contrastive decoder would."""
+
+    def __init__(self, run: Callable[[torch.Tensor], Any]) -> None:
+        self.run = run
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any) -> Any:
+        self.run(input_ids)
+        return scores
+
+
+def running(run: Callable[[torch.Tensor], Any]) -> Any:
+    """What `generate` takes as its logits processors, to run this in each step."""
+    return LogitsProcessorList([Runs(run)])
+
+
+def in_threads(run: Callable[[Any], None], arguments: Iterable[Any]) -> None:
+    """Run it with each of them at once, a thread each; raises what one of them raises."""
+    arguments = list(arguments)
+    with ThreadPoolExecutor(len(arguments)) as threads:
+        list(threads.map(run, arguments))
 
 
 def check_generated(

@@ -30,7 +30,7 @@ from expert_lens.errors import (
     UnsupportedModelError,
 )
 from oracle import Oracle
-from support import Attach, Capture, hooks_of, padded
+from support import Attach, Capture, hooks_of, in_threads, padded
 from tiny_models import EOS, FAMILIES, PAD, VOCAB
 
 
@@ -256,11 +256,7 @@ def test_two_threads_may_run_one_model(attach: Attach, model: Any) -> None:
             with capture.tap.request(name):
                 outputs[name] = model.generate(prompts[name], max_new_tokens=8, do_sample=False)
 
-    threads = [threading.Thread(target=work, args=(name,)) for name in prompts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, prompts)
     assert capture.tap.error is None
     assert capture.tap.lost_tokens == 0
     for name, output in outputs.items():

@@ -12,12 +12,11 @@ import torch
 import transformers
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
-from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 import oracle
 import tiny_models
 from oracle import Oracle
-from support import Attach, Capture, padded
+from support import Attach, Capture, in_threads, padded, running
 from tiny_models import EOS, FAMILIES, PAD
 
 
@@ -95,11 +94,7 @@ def test_two_threads_in_the_same_compiled_code_have_their_own_rows(attach: Attac
             for call in range(4):
                 compiled(torch.tensor([[first + call, first + 5, first]]), use_cache=False)
 
-    threads = [threading.Thread(target=run, args=(first,)) for first in (5, 25)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(run, (5, 25))
     assert capture.tap.error is None
     twin = tiny_models.qwen3_moe(**changes)
     names = list(capture.requests())
@@ -240,18 +235,6 @@ def test_layers_that_the_compiler_leaves_out_of_a_step_have_their_rows(attach: A
     check_replayed(capture, "0.0", tokens[:-1], twin)
 
 
-class Runs(LogitsProcessor):  # type: ignore[misc]
-    """Runs something in each step, between the forward and the stopping criteria."""
-
-    def __init__(self, run: Callable[[torch.Tensor], Any]) -> None:
-        self.run = run
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        with torch.no_grad():
-            self.run(input_ids)
-        return scores
-
-
 @pytest.mark.parametrize(
     "how", ["as it is", "compiled", "in a generate of its own", "as it prepares it", "a layer", "a compiled layer"]
 )
@@ -272,7 +255,7 @@ def test_what_runs_behind_a_compiled_step_takes_nothing_of_it(how: str, attach: 
         "a compiled layer": (lambda _: compiled_layer(hidden), []),
     }[how]
     capture = attach(model)
-    options = {**compiling(graphs), "logits_processor": LogitsProcessorList([Runs(run)])}
+    options = {**compiling(graphs), "logits_processor": running(run)}
     [tokens] = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6, **options).tolist()
     assert capture.tap.error is None
     assert graphs.frame_count > 0
@@ -308,7 +291,7 @@ def test_a_call_that_fails_has_the_rows_of_the_steps_that_did_not(where: str, ro
     options = compiling(failing_graph)
     prompt = torch.tensor([[5, 6, 7]])
     with pytest.raises(RuntimeError, match="stop here"):
-        model.generate(prompt, max_new_tokens=6, **options, logits_processor=LogitsProcessorList([Runs(fail)]))
+        model.generate(prompt, max_new_tokens=6, **options, logits_processor=running(fail))
     failing.clear()
     assert capture.tap._tap.end() is None, "layers that are run alone would be held"
     with torch.no_grad():
@@ -343,9 +326,7 @@ def test_a_capture_that_ends_between_compiled_steps_leaves_the_call_alone(
 
     warned = pytest.warns(RuntimeWarning, match="ours") if how == "failed" else nullcontext()
     with warned:
-        sequences = model.generate(
-            ids, max_new_tokens=8, **compiling(graphs), logits_processor=LogitsProcessorList([Runs(end)])
-        )
+        sequences = model.generate(ids, max_new_tokens=8, **compiling(graphs), logits_processor=running(end))
     assert torch.equal(sequences, expected)
     check_replayed(capture, "0.0", sequences[0, :6].tolist(), twin)
 
@@ -357,17 +338,13 @@ def test_two_threads_that_generate_in_the_same_compiled_code_have_their_own_rows
     found: dict[str, list[int]] = {}
 
     def run(first: int) -> None:
-        processors = LogitsProcessorList([Runs(lambda _: meet.wait(60))])
+        processors = running(lambda _: meet.wait(60))
         with capture.tap.request(f"from {first}"):
             ids = torch.tensor([[first, first + 5, first]])
             options = {**compiling(graphs), "logits_processor": processors}
             [found[f"from {first}"]] = model.generate(ids, max_new_tokens=8, **options).tolist()
 
-    threads = [threading.Thread(target=run, args=(first,)) for first in (5, 25)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(run, (5, 25))
     assert capture.tap.error is None
     assert set(capture.requests()) == set(found) == {"from 5", "from 25"}
     for name, tokens in found.items():

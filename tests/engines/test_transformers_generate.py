@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
@@ -18,7 +18,7 @@ from expert_lens.errors import (
     OptionError,
 )
 from oracle import Oracle
-from support import MISSING, Array, Attach, check_generated, padded
+from support import MISSING, Array, Attach, check_generated, padded, running
 from tiny_models import EOS, FAMILIES, PAD, VOCAB
 
 
@@ -268,17 +268,6 @@ def test_no_two_requests_get_one_id(attach: Attach, model: Any) -> None:
     assert list(capture.requests()) == ["a#2", "a", "a#3", "a#4", "a#2#2"]
 
 
-class Runs(LogitsProcessor):  # type: ignore[misc]
-    """Runs the model in the middle of a generate call, as a critic or a contrastive decoder would."""
-
-    def __init__(self, run: Callable[[torch.Tensor], Any]) -> None:
-        self.run = run
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any) -> Any:
-        self.run(input_ids)
-        return scores
-
-
 @pytest.mark.parametrize(
     "how", ["its ids", "another prompt", "one token", "in a generate of its own", "as it prepares it"]
 )
@@ -294,8 +283,8 @@ def test_what_runs_the_model_during_a_call_gives_no_rows_to_its_requests(how: st
     }[how]
     model.generation_config.eos_token_id = None
     capture = attach(model)
-    processors = LogitsProcessorList([Runs(run)])
-    sequences = model.generate(prompt, max_new_tokens=5, do_sample=False, logits_processor=processors, pad_token_id=PAD)
+    options = {"do_sample": False, "logits_processor": running(run), "pad_token_id": PAD}
+    sequences = model.generate(prompt, max_new_tokens=5, **options)
     assert capture.tap.error is None
     tokens = sequences[0, :-1].tolist()
     rows = capture.rows("0.0")
