@@ -73,6 +73,11 @@ class _Local(threading.local):
         self.has_compiled[0] = False
         return taken
 
+    def forget_compiled(self) -> None:
+        """Let go of what is nobody's: of a forward that has failed, or of layers that were run alone."""
+        if self.has_compiled[0]:
+            self.take_compiled()
+
 
 class TransformersTap:
     """A capture of a transformers model; `attach` makes one, `close` ends it.
@@ -163,7 +168,7 @@ class TransformersTap:
             return
         self._closed = True
         self._tap.active = False
-        self._local.take_compiled()
+        self._local.forget_compiled()
         try:
             for patch in self._patches:
                 patch.remove()
@@ -236,7 +241,7 @@ class TransformersTap:
         if call is not None:
             try:
                 if call.prepared(input_ids, kwargs.get("attention_mask"), prepared):
-                    self._local.take_compiled()
+                    self._local.forget_compiled()
                     self._tap.begin()  # for layers that run uncompiled within a compiled forward
                     self._local.taken[0] = MAY_WAIT
             except Exception as error:
@@ -267,8 +272,7 @@ class TransformersTap:
         local = self._local
         if local.taken[0] != AT_END:
             self._take_waiting()
-        if local.has_compiled[0]:  # of a forward that has failed, or of layers that were run alone
-            local.take_compiled()
+        local.forget_compiled()
         step = self._tap.begin()
         if step is None:
             return
@@ -297,10 +301,7 @@ class TransformersTap:
         if step is None:
             return
         if step.inputs is None:
-            try:
-                self._local.call.decoded(step)  # type: ignore[union-attr]
-            except Exception as error:
-                self._tap.fail(error)
+            self._tap.guard(self._local.call.decoded, step)  # type: ignore[union-attr]
             return
         inputs: _Inputs = step.inputs
         try:
@@ -323,7 +324,7 @@ class TransformersTap:
         local = self._local
         taken, local.taken[0] = local.taken[0], AT_END
         if taken == MAY_WAIT:  # it has failed, or is not compiled
-            local.take_compiled()
+            local.forget_compiled()
             self._tap.end()
         elif taken == WAITS and (step := self._end()) is not None:
             self._tap.guard(local.call.decoded_as_prepared, step)  # type: ignore[union-attr]

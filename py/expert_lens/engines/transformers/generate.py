@@ -190,7 +190,10 @@ class GenerateCall:
     def criteria_called(self, length: int, done: torch.Tensor) -> None:
         """The engine has chosen tokens, `length` in each sequence by now, and found which sequences end with them."""
         if self._prepared and self.mode == "rows" and self.num_forwards:
-            raise EngineHookError(f"generate has chosen tokens, and its forward was not seen: {UNKNOWN_RELEASE}")
+            raise EngineHookError(
+                "generate has chosen tokens, and its forward was not seen: something runs past the model's decoder, as "
+                f"a forward of your own in its place; attach to what is really run. If there is none, {UNKNOWN_RELEASE}"
+            )
         self._chooses = False
         self._decoding = True
         self._checked = True

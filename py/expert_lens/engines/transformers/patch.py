@@ -1,6 +1,6 @@
 """Standing in for methods of the engine's objects, without a trace when taken off again.
 
-Both the model's methods (`generate` and three of its helpers) and the forwards of its decoder and experts are replaced
+Both the model's methods (`generate` and four beside it) and the forwards of its decoder and experts are replaced
 on the one instance. For the forwards torch has hooks, but a module with a hook takes the long way through torch: on
 the demo model (8 layers, 5 ms a step) ten hooks that do nothing cost 55 to 90 µs a step, ten forwards that only pass
 on cost 16 µs. What hooks give for that, a stand-in must give, too:
@@ -9,7 +9,7 @@ on cost 16 µs. What hooks give for that, a stand-in must give, too:
 * a class whose method is patched later, or an instance whose method was replaced before, is called as it is then;
 * if someone has wrapped the stand-in when it is taken off, it stays inside their wrapper and only passes on;
 * a deep copy, or a pickle, of the object has its own method again;
-* torch.compile does not trace what has effects outside its graph, but for a list that a graph's outputs go to.
+* torch.compile does not trace what has effects outside its graph, but for lists that it sets behind that.
 """
 
 import copy
