@@ -1,17 +1,20 @@
 """A model attached, with a reader at the other end of its arena; and what tests of engines ask of both."""
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList
 
 import oracle
 from expert_lens._core import Collector
 from expert_lens.engines import transformers as engine
+from expert_lens.tap import Tap
 from oracle import Oracle
 from tiny_models import EOS, PAD, VOCAB
 
@@ -109,6 +112,34 @@ class Runs(LogitsProcessor):  # type: ignore[misc]
 def running(run: Callable[[torch.Tensor], Any]) -> Any:
     """What `generate` takes as its logits processors, to run this in each step."""
     return LogitsProcessorList([Runs(run)])
+
+
+def compiling(backend: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    """What has `generate` compile its steps, on a CPU too."""
+    config = CompileConfig(backend=lambda *one: backend(*one), mode=None, **options)  # it copies this
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config, "do_sample": False, "pad_token_id": PAD}
+
+
+@contextmanager
+def somebody_publishes(tap: Tap) -> Iterator[None]:
+    """Another thread has the turn meanwhile."""
+    has_turn, over = threading.Event(), threading.Event()
+
+    def publish() -> None:
+        with tap._turn as held:
+            assert held
+            has_turn.set()
+            assert over.wait(30)
+
+    thread = threading.Thread(target=publish)
+    thread.start()
+    assert has_turn.wait(30)
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def in_threads(run: Callable[[Any], None], arguments: Iterable[Any]) -> None:

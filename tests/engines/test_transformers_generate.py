@@ -1,6 +1,8 @@
 """`generate`: every sequence has exactly the rows that the experts received for it."""
 
+import gc
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
@@ -18,7 +21,7 @@ from expert_lens.errors import (
     OptionError,
 )
 from oracle import Oracle
-from support import MISSING, Array, Attach, check_generated, padded, running
+from support import MISSING, Array, Attach, check_generated, compiling, padded, running
 from tiny_models import EOS, FAMILIES, PAD, VOCAB
 
 
@@ -446,3 +449,27 @@ def test_the_drafts_of_another_attached_model_are_its_own(attach: Attach, model:
     model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, assistant_model=helper, do_sample=False)
     assert list(capture.requests()) == ["0.0"]
     assert drafts.requests() == {}, "drafting is no request"
+
+
+@pytest.mark.parametrize("way", ["greedy", "in compiled steps", "assisted", "beams"])
+def test_what_a_call_was_given_is_let_go_of_with_it(way: str, attach: Attach) -> None:
+    """At once, and not when Python collects garbage: it is a device's memory, where compiled graphs know addresses."""
+    model, assistant = (tiny_models.mixtral(experts_implementation="batched_mm") for _ in range(2))
+    attach(model)
+    options: dict[str, Any] = {
+        "greedy": {},
+        "in compiled steps": compiling(CompileCounter()),
+        "assisted": {"assistant_model": assistant},
+        "beams": {"num_beams": 2},
+    }[way]
+    ids, mask = torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.int64)
+    model.generate(ids, attention_mask=mask, max_new_tokens=6, **options)  # what compiles keeps its first arguments
+    ids, mask = ids + 1, mask + 0
+    given = [weakref.ref(ids), weakref.ref(mask)]
+    gc.disable()
+    try:
+        model.generate(ids, attention_mask=mask, max_new_tokens=6, **options)
+        del ids, mask
+        assert [one() for one in given] == [None, None]
+    finally:
+        gc.enable()

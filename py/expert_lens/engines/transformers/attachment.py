@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 from expert_lens._core import Writer
 from expert_lens.engines.names import RequestNames
 from expert_lens.engines.transformers.continuous import ContinuousBatches
-from expert_lens.engines.transformers.generate import Columns, GenerateCall, follow_criteria
+from expert_lens.engines.transformers.generate import Columns, FollowedCriteria, GenerateCall
 from expert_lens.engines.transformers.layers import RoutedLayer, RoutedModel, find_routed_layers
 from expert_lens.engines.transformers.patch import MISSING, Patch, StandIn, forget_compiled_code, uncompiled
 from expert_lens.engines.transformers.plain import PlainForwards
@@ -228,7 +228,7 @@ class TransformersTap:
             return criteria
         try:
             call.set_mode(kwargs["generation_config"] if "generation_config" in kwargs else args[0])
-            return follow_criteria(criteria, partial(self._tap.guard, call.criteria_called))
+            return FollowedCriteria(criteria, partial(self._tap.guard, call.criteria_called))
         except Exception as error:
             self._tap.fail(error)
             return criteria

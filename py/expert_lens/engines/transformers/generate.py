@@ -20,8 +20,9 @@ from expert_lens.tap import Tap
 if TYPE_CHECKING:
     from expert_lens.types import EndState, Phase
 
-__all__ = ["Columns", "GenerateCall", "follow_criteria"]
+__all__ = ["Columns", "FollowedCriteria", "GenerateCall"]
 
+Values = npt.NDArray[np.uint8]
 Mode = Literal["unknown", "rows", "assisted", "anonymous", "draft"]
 
 UNKNOWN_RELEASE = (
@@ -345,13 +346,15 @@ class GenerateCall:
         self._tap.publish(held.experts, held.weights, join_rows(first, second))
 
 
-def follow_criteria(criteria: Any, called: Callable[[int, torch.Tensor], None]) -> Any:
+class FollowedCriteria(StoppingCriteriaList):  # type: ignore[misc]
     """The same stopping criteria, telling what they found each time they are asked: see `criteria_called`."""
 
-    class FollowedCriteria(StoppingCriteriaList):  # type: ignore[misc]
-        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-            done = super().__call__(input_ids, scores, **kwargs)
-            called(input_ids.shape[1], done)
-            return done
+    def __init__(self, criteria: Any, called: Callable[[int, torch.Tensor], None]) -> None:
+        super().__init__(criteria)
+        self._called = called
 
-    return FollowedCriteria(criteria)
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Which sequences end, bool [B]."""
+        done = super().__call__(input_ids, scores, **kwargs)
+        self._called(input_ids.shape[1], done)
+        return done
