@@ -298,7 +298,6 @@ class _OnStream(GraphStep):
             self._experts[: rows.num_rows],
             None if self._weights is None else self._weights[: rows.num_rows],
             Rows(rows.spans, positions, columns.token_ids, kv_slots=columns.kv_slots),
-            at_once=True,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,21 +12,36 @@ import torch
 if TYPE_CHECKING:
     from expert_lens.types import Span
 
-__all__ = ["U32", "DecodeRun", "Indices", "Rows", "Step"]
+__all__ = ["U32", "DecodeRun", "Indices", "Joined", "Rows", "Step"]
 
 Indices = npt.NDArray[np.intp]
 U32 = npt.NDArray[np.uint32]
 
 
+class Joined(NamedTuple):
+    """What a forward's compiled code has joined by itself.
+
+    `experts`: all layers' ids side by side, [n, L * K] or [B, S, L * K]; on a GPU of the packed type. `weights`: as
+    many, f16, if they are captured. `token_ids`: what the decoder ran over by its `input_ids`, an int32 for each row;
+    None on the CPU, or where it was given something else.
+    """
+
+    experts: torch.Tensor
+    weights: torch.Tensor | None
+    token_ids: torch.Tensor | None
+
+
 class Step:
     """What one forward has handed over: references to its top-k tensors, a slot a routed layer."""
 
-    __slots__ = ("begun", "chosen", "experts", "inputs", "repeated", "weights")
+    __slots__ = ("begun", "chosen", "experts", "inputs", "joined", "repeated", "weights")
 
     def __init__(self, num_layers: int) -> None:
         self.experts: list[torch.Tensor | None] = [None] * num_layers
         self.weights: list[torch.Tensor | None] = []
         """As `experts`; empty unless weights are captured."""
+        self.joined: Joined | None = None
+        """What all of them gave, if compiled code has joined it: `experts` and `weights` have no layer's then."""
         self.begun: torch.cuda.Event | None = None
         """Of a forward that is captured in a CUDA graph: where it began, see `mark_beginning`."""
         self.chosen: torch.cuda.Event | None = None

@@ -26,7 +26,7 @@ import torch
 
 from expert_lens._core import Turn
 from expert_lens.errors import CudaError, UnsupportedModelError
-from expert_lens.steps import U32, DecodeRun, Indices, Rows, Step
+from expert_lens.steps import U32, DecodeRun, Indices, Joined, Rows, Step
 from expert_lens.streams import follow, own, relaxed_capture, sent
 
 if TYPE_CHECKING:
@@ -46,6 +46,15 @@ TURN_TIMEOUT = 5.0
 """Seconds that `close` and `mailbox` wait for a thread that is publishing."""
 TURN_PERIOD = 0.001
 """Seconds after which they look again."""
+
+
+def _of_chosen(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """The weights of the chosen experts alone."""
+    return scores if scores.shape == ids.shape else scores.gather(-1, ids)
+
+
+def _joined_weights(weights: list[torch.Tensor]) -> torch.Tensor | None:
+    return torch.cat(weights, dim=-1).detach().to(torch.float16) if weights else None
 
 
 def _silence(layers: tuple[int, ...]) -> UnsupportedModelError:
@@ -169,7 +178,8 @@ class Tap:
         """
         wide = self._cat(step) if own is None else self._cat(step)[own]
         if not self._checked or not (self._narrow or wide.is_cuda):
-            self.check_shape(step, num_rows)
+            if step.joined is None:
+                self.check_shape(step, num_rows)
             self._check_range(wide)
         return self._narrowed(step, wide, num_rows, own)
 
@@ -177,15 +187,41 @@ class Tap:
         """As `pack`, without a look at the values: inside a CUDA graph there are none yet."""
         return self._narrowed(step, self._cat(step), num_rows)
 
+    def join_compiled(self, called: Sequence[tuple[Any, Any] | None], token_ids: Any) -> Joined | None:
+        """What compiled code has called the decoder and its layers with, for `Step.joined`; a part of that code.
+
+        A replay of a CUDA graph of the compiler pays for each of its outputs, and joins them in no time. It must not
+        fail in here, which is the user's code: None where each has to be looked at first, before a step has shown that
+        the layers give what they were taken to give, or where one gives something else, or did not run in that code.
+        """
+        if not self._checked:
+            return None
+        first = called[0]
+        ids, weights = [], []
+        for one in called:
+            if one is None or first is None or one[0] is None or first[0] is None or one[0].shape != first[0].shape:
+                return None
+            ids.append(one[0])
+            if self.weights:
+                if one[1] is None or one[1].shape[:-1] != one[0].shape[:-1]:
+                    return None
+                weights.append(_of_chosen(*one))
+        experts = torch.cat(ids, dim=-1)
+        if not experts.is_cuda:  # narrowed with their range looked at
+            return Joined(experts, _joined_weights(weights), None)
+        if token_ids is not None:
+            token_ids = token_ids.to(torch.int32) if token_ids.numel() * self.top_k == ids[0].numel() else None
+        return Joined(experts.to(self._dtype), _joined_weights(weights), token_ids)
+
     def _narrowed(
         self, step: Step, wide: torch.Tensor, num_rows: int, own: slice | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = (num_rows if own is None else len(wide), len(self.layers), self.top_k)
-        weights = [one if own is None else one[own] for one in self.chosen_weights(step)]
-        return (
-            wide.to(self._dtype).reshape(shape),
-            torch.cat(weights, dim=-1).detach().to(torch.float16).reshape(shape) if weights else None,
-        )
+        if step.joined is not None:
+            weights = step.joined.weights
+        else:
+            weights = _joined_weights([one if own is None else one[own] for one in self.chosen_weights(step)])
+        return wide.to(self._dtype).reshape(shape), None if weights is None else weights.reshape(shape)
 
     def device(self, step: Step) -> torch.device:
         """Where the step's ids are."""
@@ -195,6 +231,8 @@ class Tap:
 
     def _cat(self, step: Step) -> torch.Tensor:
         """All layers' ids side by side: [n, L * K], or [B, S, L * K]."""
+        if step.joined is not None:
+            return step.joined.experts
         try:
             return torch.cat(step.experts, dim=-1)  # type: ignore[arg-type]
         except TypeError:
@@ -243,7 +281,7 @@ class Tap:
         for ids, scores in zip(step.experts, step.weights, strict=bool(step.weights)):
             if scores is None or ids is None:
                 raise UnsupportedModelError("weights were asked for, but a routed layer gave none.")
-            chosen.append(scores if scores.shape == ids.shape else scores.gather(-1, ids))
+            chosen.append(_of_chosen(ids, scores))
         return chosen
 
     def publish_next(self, step: Step, num_rows: int, token_ids: torch.Tensor, run: DecodeRun) -> None:
@@ -270,6 +308,8 @@ class Tap:
                 self._run_jobs()
             if follows:
                 return
+        if step.joined is not None and step.joined.token_ids is not None:
+            token_ids = step.joined.token_ids
         rows = run.take(token_ids)  # first: its position was forwarded even if packing it fails
         self.publish(*self.pack(step, num_rows), rows, run)
 
@@ -279,13 +319,10 @@ class Tap:
         weights: torch.Tensor | None,
         rows: Rows,
         run: DecodeRun | None = None,
-        *,
-        at_once: bool = False,
     ) -> None:
         """Publish a packed step: leave out the rows that are not kept, and hand the rest to the writer.
 
-        `run`: the run whose step this is, if others will follow by `publish_next`. `at_once`: the tensors are a graph's
-        own, which its next replay overwrites, so if another thread is just publishing the rows are lost, and counted.
+        `run`: the run whose step this is, if others will follow by `publish_next`.
         """
         if not self.active:
             return
@@ -294,8 +331,7 @@ class Tap:
         next_step = (run, run.num_taken) if fits_next and run is not None else None
         token_ids = rows.token_ids
         if token_ids is not None:
-            # A copy, where the step may wait: the engine may reuse what it ran over.
-            token_ids = token_ids.reshape(-1).to(torch.int32, copy=not at_once)
+            token_ids = token_ids.reshape(-1).to(torch.int32).contiguous()
         if rows.kept is not None:
             kept = self._kept_on(rows.kept, experts.device)
             experts = experts[kept]
@@ -307,25 +343,40 @@ class Tap:
             token_ids = token_ids[: len(experts)] if token_ids is not None else None
         if not len(experts):
             return
+        stream = torch.cuda.current_stream(experts.device) if on_device else None
         write: Callable[[], None]
-        if on_device:
-            stream = torch.cuda.current_stream(experts.device)
-            write = partial(self._write_device, experts, weights, token_ids, rows, stream)
-        else:
+        if stream is None:
             write = partial(self._write, experts, weights, token_ids, rows, next_step)
-        if self._in_turn(write):
-            return
-        if at_once or len(self._jobs) >= MAX_WAITING_STEPS:
-            self.lose(len(experts))
-            return
-        rows = Rows(rows.spans, own(rows.positions), None, kv_slots=own(rows.kv_slots))
-        if not on_device:
-            self._submit(partial(self._write, experts, weights, token_ids, rows, next_step))
-        elif (late := self._late.get(stream.device_index)) is None:
-            self.lose(len(experts))
         else:
-            follow(late, stream, (experts, weights, token_ids, rows.positions, rows.kv_slots))
-            self._submit(partial(self._write_device, experts, weights, token_ids, rows, late))
+            write = partial(self._write_device, experts, weights, token_ids, rows, stream)
+        if not self._in_turn(write):
+            self.guard(self._leave, experts, weights, token_ids, rows, next_step, stream)
+
+    def _leave(
+        self,
+        experts: torch.Tensor,
+        weights: torch.Tensor | None,
+        token_ids: torch.Tensor | None,
+        rows: Rows,
+        next_step: tuple[DecodeRun, int] | None,
+        stream: torch.cuda.Stream | None,
+    ) -> None:
+        """Leave a step to the thread that has the turn; `stream`: the one that it is on, if it is on a device.
+
+        It waits in memory of its own: the engine, or a graph, goes on to write into what it gave.
+        """
+        late = None if stream is None else self._late.get(stream.device_index)
+        if len(self._jobs) >= MAX_WAITING_STEPS or (stream is not None and late is None):
+            self.lose(len(experts))
+            return
+        with relaxed_capture():  # for memory that torch has to ask the device for
+            experts, weights, token_ids = own(experts), own(weights), own(token_ids)
+            rows = Rows(rows.spans, own(rows.positions), None, kv_slots=own(rows.kv_slots))
+        if stream is None or late is None:
+            self._submit(partial(self._write, experts, weights, token_ids, rows, next_step))
+            return
+        follow(late, stream, (experts, weights, token_ids, rows.positions, rows.kv_slots))
+        self._submit(partial(self._write_device, experts, weights, token_ids, rows, late))
 
     def _kept_on(self, kept: Indices, device: torch.device) -> torch.Tensor:
         """The indices there: the same tensor as for the step before as long as a batch goes on."""

@@ -7,7 +7,6 @@ import threading
 import types
 import warnings
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from expert_lens.errors import CudaError, UnsupportedModelError
 from expert_lens.graphs import ReplayRows
 from expert_lens.steps import Rows, Step
 from expert_lens.tap import MAX_WAITING_JOBS, MAX_WAITING_STEPS, Tap
+from support import somebody_publishes
 
 
 class NotingWriter:
@@ -63,25 +63,6 @@ class NotingWriter:
 def make_tap(**options: Any) -> tuple[Any, NotingWriter]:
     writer: Any = NotingWriter()
     return Tap(writer, **{"layers": [1, 4], "num_experts": 8, "top_k": 2, **options}), writer
-
-
-@contextlib.contextmanager
-def somebody_publishes(tap: Tap) -> Iterator[None]:
-    """Another thread has the turn meanwhile."""
-    has_turn, over = threading.Event(), threading.Event()
-
-    def publish() -> None:
-        with tap._turn as held:
-            assert held
-            has_turn.set()
-            assert over.wait(30)
-
-    thread = threading.Thread(target=publish)
-    thread.start()
-    assert has_turn.wait(30)
-    yield
-    over.set()
-    thread.join()
 
 
 def held(tap: Tap, *layers: list[list[int]], weights: Any = None) -> Step:
@@ -175,6 +156,40 @@ def test_ids_of_another_width_or_number_of_tokens_are_refused() -> None:
         tap.pack(held(tap, FIRST, SECOND), 4)
     with pytest.raises(UnsupportedModelError, match=r"shape \(1, 6\) in a forward of 3 tokens"):
         tap.pack(held(tap, [[0, 1, 2, 3, 4, 5]], [[0, 1, 2, 3, 4, 5]]), 3)
+
+
+def test_what_compiled_code_gave_is_joined_there() -> None:
+    tap, _ = make_tap(weights=True)
+    ids = [torch.tensor(layer) for layer in (FIRST, SECOND)]
+    called = [(ids[0], torch.ones(3, 2)), (ids[1], torch.arange(8.0).expand(3, 8))]
+    assert tap.join_compiled(called, None) is None, "no step was looked at yet"
+    tap.pack(held(tap, FIRST, SECOND, weights=[one[1] for one in called]), 3)
+    step = tap.begin()
+    step.joined = tap.join_compiled(called, None)
+    experts, weights = tap.pack(tap.end(), 3)
+    assert experts.tolist() == PACKED
+    assert weights.dtype == torch.float16
+    assert weights.tolist() == [[[1, 1], row[1]] for row in PACKED]
+
+
+@pytest.mark.parametrize(
+    "called",
+    [
+        None,
+        (None, torch.ones(3, 2)),
+        (torch.tensor(SECOND[:2]), torch.ones(2, 2)),
+        (torch.tensor(SECOND), None),
+        (torch.tensor(SECOND), torch.ones(2, 8)),
+    ],
+)
+@pytest.mark.parametrize("slot", [0, 1])
+def test_what_compiled_code_gave_otherwise_is_left_to_be_looked_at(called: Any, slot: int) -> None:
+    """It is the user's code, in which nothing of ours may fail."""
+    tap, _ = make_tap(weights=True)
+    tap.pack(held(tap, FIRST, SECOND, weights=[torch.ones(3, 2)] * 2), 3)
+    usual = (torch.tensor(FIRST), torch.ones(3, 2))
+    assert tap.join_compiled([usual, usual], None) is not None
+    assert tap.join_compiled([called, usual] if slot == 0 else [usual, called], None) is None
 
 
 def test_layers_that_gave_nothing_are_named() -> None:
@@ -274,22 +289,23 @@ def test_a_thread_that_finds_another_one_publishing_does_not_wait() -> None:
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_positions_and_kv_slots_of_the_engines_own_are_as_they_were_given(waits: bool) -> None:
-    """Of a step that waits, too, though the engine goes on to write into them."""
-    tap, writer = make_tap()
-    positions, slots = torch.arange(3, dtype=torch.int32), torch.arange(50, 53, dtype=torch.int32)
+def test_what_the_engine_gave_is_published_as_it_was_given(waits: bool) -> None:
+    """Of a step that waits, too, though the engine goes on to write into it."""
+    tap, writer = make_tap(weights=True)
+    experts = torch.arange(12, dtype=torch.uint8).reshape(3, 2, 2) % 8
+    weights = torch.arange(12, dtype=torch.float16).reshape(3, 2, 2)
+    token_ids, positions, slots = (torch.arange(first, first + 3, dtype=torch.int32) for first in (70, 0, 50))
+    given = [experts, token_ids, positions, weights, slots]
+    expected = [one.tolist() for one in given]
     with somebody_publishes(tap) if waits else contextlib.nullcontext():
-        tap.publish(
-            *tap.pack(held(tap, FIRST, SECOND), 3),
-            Rows([(1, "a", 0, 3, 3, "prefill")], positions, torch.arange(3), kv_slots=slots),
-        )
+        tap.publish(experts, weights, Rows([(1, "a", 0, 3, 3, "prefill")], positions, token_ids, kv_slots=slots))
         if waits:
-            positions += 100
-            slots += 100
+            for one in given:
+                one += 100
     tap.finish(1, "a", 3, "finished")
-    _, _, _, published, _, published_slots = writer.calls[1]
-    assert (published.tolist(), published_slots.tolist()) == ([0, 1, 2], [50, 51, 52])
-    assert published.dtype == published_slots.dtype == np.uint32
+    _, *published = writer.calls[1]
+    assert [one.tolist() for one in published] == expected
+    assert [one.dtype for one in published] == [np.uint8, np.uint32, np.uint32, np.float16, np.uint32]
     assert tap.error is None
 
 

@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import oracle
 import tiny_models
 from oracle import Oracle
-from support import Attach, Capture, in_threads, padded, running
-from tiny_models import EOS, FAMILIES, PAD
+from support import Attach, Capture, compiling, in_threads, padded, running
+from tiny_models import EOS, FAMILIES
 
 
 @pytest.mark.parametrize("attached", ["before", "after"])
@@ -182,38 +181,45 @@ def test_a_compiled_forward_that_failed_takes_nothing_that_is_computed_again_lat
     assert capture.stats()["tokens"] == 30
 
 
-def compiling(backend: Callable[..., Any], **options: Any) -> dict[str, Any]:
-    """What has `generate` compile its steps, on a CPU too."""
-    config = transformers.CompileConfig(backend=lambda *one: backend(*one), mode=None, **options)  # it copies this
-    config._compile_all_devices = True
-    return {"cache_implementation": "static", "compile_config": config, "do_sample": False, "pad_token_id": PAD}
-
-
 def check_replayed(capture: Capture, name: str, tokens: list[int], twin: Any) -> None:
     """The request has the rows that these tokens have in the same model alone."""
     assert capture.rows(name)["token_ids"].tolist() == tokens
     np.testing.assert_array_equal(np.sort(capture.experts(name), -1), np.sort(oracle.replayed(twin, tokens), -1))
 
 
+class OutputCounter(CompileCounter):  # type: ignore[misc]
+    """Compiles nothing, and counts the tensors that each graph gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: list[int] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, examples: Any) -> Any:
+        self.outputs.append(len(graph.graph.output_node().args[0]))
+        return super().__call__(graph, examples)
+
+
 @pytest.mark.parametrize("weights", [False, True])
 def test_the_steps_of_generate_are_one_graph_as_without_a_capture(weights: bool, attach: Attach) -> None:
+    """Which gives all layers' ids as one tensor, as a replay on a GPU pays for each."""
     ids, mask = padded([4, 9, 7])
     model, twin = (tiny_models.qwen3_moe(experts_implementation="batched_mm") for _ in range(2))
 
-    def generate(model: Any, graphs: CompileCounter) -> torch.Tensor:
+    def generate(model: Any, graphs: OutputCounter) -> torch.Tensor:
         torch.compiler.reset()
         sequences: torch.Tensor = model.generate(
             ids, attention_mask=mask, max_new_tokens=12, **compiling(graphs, fullgraph=True)
         )
         return sequences
 
-    alone, captured = CompileCounter(), CompileCounter()
+    alone, captured = OutputCounter(), OutputCounter()
     expected = generate(twin, alone)
     capture = attach(model, weights=weights)
     sequences = generate(model, captured)
     assert capture.tap.error is None
     assert torch.equal(sequences, expected)
     assert captured.frame_count == alone.frame_count == 1
+    assert captured.outputs == [alone.outputs[0] + 1 + weights]
     lengths = oracle.output_lengths(sequences, 9, [EOS])
     for row, tokens in enumerate(oracle.request_tokens(sequences, mask, lengths)):
         check_replayed(capture, f"0.{row}", tokens, twin)
@@ -233,6 +239,24 @@ def test_layers_that_the_compiler_leaves_out_of_a_step_have_their_rows(attach: A
     assert capture.tap.error is None
     assert graphs.frame_count > 3
     check_replayed(capture, "0.0", tokens[:-1], twin)
+
+
+def test_a_layer_that_runs_once_more_in_a_step_leaves_nothing_behind(attach: Attach) -> None:
+    """Behind the decoder, where it is nobody's."""
+    changes = {"experts_implementation": "batched_mm", "mlp_only_layers": []}
+    model, twin = (tiny_models.qwen3_moe(**changes) for _ in range(2))
+    model.generation_config.eos_token_id = None
+    first, second, *_ = model.model.layers
+    hook = model.lm_head.register_forward_pre_hook(lambda _, args: (first.mlp(args[0]) * 0 + args[0],))
+    capture, graphs = attach(model), CompileCounter()
+    [tokens] = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6, **compiling(graphs)).tolist()
+    hook.remove()
+    second.compile(backend=graphs)
+    with torch.no_grad():
+        model(torch.tensor([[8, 9]]), use_cache=False)
+    assert capture.tap.error is None
+    check_replayed(capture, "0.0", tokens[:-1], twin)
+    check_replayed(capture, "1.0", [8, 9], twin)
 
 
 @pytest.mark.parametrize(

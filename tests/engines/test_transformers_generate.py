@@ -110,21 +110,23 @@ def test_weights_are_those_that_the_experts_received(family: str, attach: Attach
 class StopAt(StoppingCriteria):
     """Ends row r of the batch when its sequence has `lengths[r]` columns."""
 
-    def __init__(self, lengths: Sequence[int]) -> None:
+    def __init__(self, lengths: Sequence[int], dtype: torch.dtype) -> None:
         self.lengths = torch.tensor(lengths)
+        self.dtype = dtype
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ARG002
-        return input_ids.shape[1] >= self.lengths
+        return (input_ids.shape[1] >= self.lengths).to(self.dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
 @pytest.mark.parametrize("eos", [None, EOS])
 def test_rows_of_sequences_that_a_criterion_of_the_user_has_ended_are_left_out(
-    eos: int | None, attach: Attach, model: Any
+    eos: int | None, dtype: torch.dtype, attach: Attach, model: Any
 ) -> None:
     model.generation_config.eos_token_id = eos
     capture = attach(model)
     ids, mask = padded([4, 6, 2])
-    stops = StoppingCriteriaList([StopAt([8, 12, 9])])
+    stops = StoppingCriteriaList([StopAt([8, 12, 9], dtype)])
     with Oracle(model).watching() as truth:
         sequences = model.generate(
             ids, attention_mask=mask, max_new_tokens=20, do_sample=False, stopping_criteria=stops, pad_token_id=PAD

@@ -28,6 +28,7 @@ from expert_lens._core import RowStream
 from expert_lens.errors import CudaError, UnsupportedModelError
 from expert_lens.steps import Rows
 from expert_lens.tap import Tap
+from support import somebody_publishes
 
 GRAPH = "graph"
 
@@ -459,6 +460,34 @@ def test_another_threads_capture_goes_on_beside_replays(opened: Opened) -> None:
         block: Any = stream.take(16, 10.0)
     assert len(block["steps"]) == 16
     assert tap.error is None
+
+
+@pytest.mark.parametrize("publisher", ["stream", "event"])
+def test_replays_that_wait_for_another_thread_have_the_rows_that_they_wrote(
+    publisher: str, monkeypatch: pytest.MonkeyPatch, opened: Opened
+) -> None:
+    """Though the next replay writes into the same memory."""
+    monkeypatch.setenv("EXPERT_LENS_PUBLISHER", publisher)
+    tap, stream = opened("kept-waiting")
+    tap.prepare(0)
+    forward = GraphForward(tap, 8)
+
+    def replay(step: int) -> None:
+        with torch.cuda.stream(forward.stream):
+            forward.step.fill_(step)
+            forward.positions.copy_(torch.arange(10 * step, 10 * step + 8))
+            forward.recorded.replay(forward.graph.replay, graphs.ReplayRows([(1, "a", 0, 8, 0, "decode")], 8))
+
+    replay(0)
+    with somebody_publishes(tap):
+        for step in (1, 2, 3):
+            replay(step)
+    replay(4)
+    block = read(stream, 5 * 8)
+    check(block, 128)
+    assert block["positions"].tolist() == [10 * step + row for step in range(5) for row in range(8)]
+    assert tap.error is None
+    assert tap.writer.dropped_tokens == 0
 
 
 @pytest.mark.parametrize("publisher", [GRAPH, "event"])

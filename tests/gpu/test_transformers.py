@@ -1,5 +1,6 @@
 """transformers on CUDA: every sequence has exactly the rows that the experts received for it, published by the GPU."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import tiny_models
 from expert_lens.engines import transformers as engine
 from expert_lens.errors import CudaError, UnsupportedModelError
 from oracle import Oracle
-from support import Attach, Capture, check_generated, hooks_of, padded
+from support import Attach, Capture, check_generated, hooks_of, padded, running, somebody_publishes
 from tiny_models import EOS, FAMILIES
 
 
@@ -195,6 +196,19 @@ def test_plain_forwards_and_a_loop_over_a_cache(attach: Attach) -> None:
         )
 
 
+def test_token_ids_are_those_of_the_forward_wherever_they_lie(attach: Attach) -> None:
+    """Of the type that they are published in already, and side by side with others."""
+    model = tiny_models.qwen3_moe().cuda()
+    capture = attach(model)
+    ids = padded([5, 5])[0].to("cuda", torch.int32)
+    with torch.no_grad():
+        for column in range(5):
+            model(ids[:, column : column + 1], use_cache=False)
+    assert capture.tap.error is None
+    found = [[capture.rows(f"{column}.{row}")["token_ids"].tolist() for column in range(5)] for row in range(2)]
+    assert found == ids[:, :, None].tolist()
+
+
 def test_assisted_generation_keeps_accepted_tokens_only(attach: Attach) -> None:
     model = tiny_models.qwen3_moe().cuda()
     model.generation_config.eos_token_id = None
@@ -259,6 +273,30 @@ def test_what_runs_in_graphs_of_the_compiler_behind_a_step_takes_nothing_of_it(a
         sequences = model.generate(ids, attention_mask=mask, logits_processor=processors, **options).cpu()
         grid = oracle.columns(truth.forwards([3 * 9] + [3] * 19), 3)
     assert made.replays > 2 * 10
+    check_generated(capture, grid, sequences, mask.cpu(), ["0.0", "0.1", "0.2"], lengths=[20] * 3)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_steps_that_wait_have_what_their_graphs_gave(attach: Attach, made: Compiled) -> None:
+    """Though the graph goes on to write into the same memory."""
+    model = tiny_models.qwen3_moe(experts_implementation="batched_mm").cuda()
+    model.generation_config.eos_token_id = -1
+    capture = attach(model)
+    ids, mask = prompts([4, 9, 7])
+    with ExitStack() as publishing:
+
+        def publish_meanwhile(input_ids: torch.Tensor) -> None:
+            if input_ids.shape[1] == 9 + 10:
+                publishing.enter_context(somebody_publishes(capture.tap._tap))
+            elif input_ids.shape[1] == 9 + 16:
+                publishing.close()
+
+        options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "cache_implementation": "static"}
+        with CompiledOracle(model).watching() as truth:
+            processors = running(publish_meanwhile)
+            sequences = model.generate(ids, attention_mask=mask, logits_processor=processors, **options).cpu()
+            grid = oracle.columns(truth.forwards([3 * 9] + [3] * 19), 3)
+    assert made.replays > 10
     check_generated(capture, grid, sequences, mask.cpu(), ["0.0", "0.1", "0.2"], lengths=[20] * 3)
 
 

@@ -22,7 +22,7 @@ from expert_lens.engines.transformers.layers import RoutedLayer, RoutedModel, fi
 from expert_lens.engines.transformers.patch import MISSING, Patch, StandIn, forget_compiled_code, uncompiled
 from expert_lens.engines.transformers.plain import PlainForwards
 from expert_lens.errors import EngineHookError, SilentTapError, UnsupportedModelError
-from expert_lens.steps import Step
+from expert_lens.steps import Joined, Step
 from expert_lens.streams import relaxed_capture
 from expert_lens.tap import Tap
 
@@ -61,17 +61,20 @@ class _Local(threading.local):
         self.call: GenerateCall | None = None
         self.compiled: list[tuple[Any, Any] | None] = [None] * num_layers
         """What compiled code has called each layer with: ids, and weights if they are captured."""
+        self.joined: list[Joined | None] = [None]
+        """The same joined, in its place, if the compiled code could."""
         self.has_compiled = [False]
         """Whether it has; a list, as torch.compile loses what it sets on an object such as this one."""
         self.taken = [AT_END]
         """When what the coming forward calls them with is taken."""
 
-    def take_compiled(self) -> list[tuple[Any, Any] | None]:
-        """What compiled code has called the layers with, which is forgotten with that."""
-        taken = self.compiled[:]
-        self.compiled[:] = [None] * len(taken)
+    def take_compiled(self) -> tuple[Joined | None, list[tuple[Any, Any] | None]]:
+        """What compiled code has called the layers with, joined or each, which is forgotten with that."""
         self.has_compiled[0] = False
-        return taken
+        joined, self.joined[0] = self.joined[0], None
+        each = self.compiled[:]
+        self.compiled[:] = [None] * len(each)
+        return joined, [] if joined is not None else each  # behind the decoder, a layer may have run once more
 
     def forget_compiled(self) -> None:
         """Let go of what is nobody's: of a forward that has failed, or of layers that were run alone."""
@@ -331,12 +334,15 @@ class TransformersTap:
 
     def _end(self) -> Step | None:
         """This thread's step, with what its layers were called with; None if there is none, or the capture is off."""
-        local = self._local
+        local, joined = self._local, None
         if local.has_compiled[0]:
-            for slot, called in enumerate(local.take_compiled()):
+            joined, each = local.take_compiled()
+            for slot, called in enumerate(each):
                 if called is not None:
                     self._tap.layer(slot, *called)
         step = self._tap.end()
+        if step is not None:
+            step.joined = joined
         return step if self._tap.active else None  # closed meanwhile, and with that some layers let go
 
     def _read(self, call: GenerateCall | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Inputs:
@@ -476,6 +482,7 @@ class _DecoderForward(StandIn):
         super().__init__(decoder, "forward")
         self.capture = capture
         self.local = local
+        self.join = capture._tap.join_compiled
         self.starts_uncompiled = uncompiled(capture.forward_starts)
         self.ends_uncompiled = uncompiled(capture.forward_ends)
 
@@ -483,6 +490,9 @@ class _DecoderForward(StandIn):
         if is_compiling():
             if self.local.taken[0] == MAY_WAIT:
                 output = self.call_original(*args, **kwargs)
+                self.local.joined[0] = joined = self.join(self.local.compiled, kwargs.get("input_ids"))
+                if joined is not None:
+                    self.local.compiled[:] = [None] * len(self.local.compiled)
                 self.local.taken[0] = WAITS
                 return output
             self.starts_uncompiled(args, kwargs)

@@ -67,33 +67,37 @@ class _Done:
 
     def __init__(self) -> None:
         self._host: torch.Tensor | None = None
+        """Pinned, bool [B], for answers of a device."""
+        self._values: Values = np.empty(0, np.uint8)
+        """The same memory, which has `NOT_COME` until the answer is there."""
         self._device: torch.device | None = None
-        self._pending: torch.Tensor | None = None
+        self._pending: Values | None = None
 
     def tell(self, done: torch.Tensor) -> None:
-        """The answer, bool [B]; on a device, its copy to the host is enqueued."""
+        """The answer, [B], of whatever type; on a device, its copy to the host is enqueued."""
         if not done.is_cuda:
-            self._pending = done
+            self._pending = done.to(torch.bool).numpy().view(np.uint8)
             return
         if self._host is None or len(self._host) != len(done):
             with relaxed_capture():
-                self._host = torch.empty(len(done), dtype=torch.uint8, pin_memory=True)
+                self._host = torch.empty(len(done), dtype=torch.bool, pin_memory=True)
+            self._values = self._host.numpy().view(np.uint8)
         self._device = done.device
-        self._host.fill_(self.NOT_COME)
-        self._host.view(torch.bool).copy_(done, non_blocking=True)
-        self._pending = self._host
+        self._values.fill(self.NOT_COME)
+        self._host.copy_(done, non_blocking=True)
+        self._pending = self._values
 
     def hear(self) -> list[bool] | None:
         """The answer that was told last, once; None if there is none."""
-        done, self._pending = self._pending, None
-        if done is None:
+        values, self._pending = self._pending, None
+        if values is None:
             return None
-        answer = done.tolist()
+        answer = values.tolist()
         if self.NOT_COME in answer:  # an engine that does not wait, after all
             # The stream alone, and relaxed: else it would end a graph's capture in another thread.
             with relaxed_capture():
                 torch.cuda.current_stream(self._device).synchronize()
-            answer = done.tolist()
+            answer = values.tolist()
         return [bool(one) for one in answer]
 
 
