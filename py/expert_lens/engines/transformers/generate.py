@@ -67,17 +67,14 @@ class _Done:
 
     def __init__(self) -> None:
         self._host: torch.Tensor | None = None
-        """Pinned, bool [B], for answers of a device."""
+        """Pinned, bool [B]."""
         self._values: Values = np.empty(0, np.uint8)
         """The same memory, which has `NOT_COME` until the answer is there."""
         self._device: torch.device | None = None
         self._pending: Values | None = None
 
     def tell(self, done: torch.Tensor) -> None:
-        """The answer, [B], of whatever type; on a device, its copy to the host is enqueued."""
-        if not done.is_cuda:
-            self._pending = done.to(torch.bool).numpy().view(np.uint8)
-            return
+        """The answer [B], of whatever type: its copy to the host is enqueued."""
         if self._host is None or len(self._host) != len(done):
             with relaxed_capture():
                 self._host = torch.empty(len(done), dtype=torch.bool, pin_memory=True)
@@ -208,9 +205,10 @@ class GenerateCall:
                 return  # asked of drafts, as transformers did up to 5.17, which end nothing
             self._publish_accepted(held, length)
         if self.sequences is not None and self.mode in ("rows", "assisted"):
-            self._done.tell(done)
-            if not done.is_cuda:
-                self._hear_done(self.sequences)
+            if done.is_cuda:
+                self._done.tell(done)
+            else:
+                self.sequences.mark_done([bool(one) for one in done.tolist()])
 
     def finish(self, state: "EndState") -> None:
         """The call is over: so are its sequences."""
