@@ -19,7 +19,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -63,6 +63,20 @@ def _silence(layers: tuple[int, ...]) -> UnsupportedModelError:
 
 class _Current(threading.local):
     step: Step | None = None
+
+
+class _Packed(NamedTuple):
+    """A step for the writer: experts [n, L, K], weights f16 like them, token ids int32 [n]; and whose rows."""
+
+    experts: torch.Tensor
+    weights: torch.Tensor | None
+    token_ids: torch.Tensor | None
+    rows: Rows
+
+    def own(self) -> _Packed:
+        """The same in memory of its own, on the current stream."""
+        rows = Rows(self.rows.spans, own(self.rows.positions), None, kv_slots=own(self.rows.kv_slots))
+        return _Packed(own(self.experts), own(self.weights), own(self.token_ids), rows)
 
 
 class Tap:
@@ -196,10 +210,10 @@ class Tap:
         """
         if not self._checked:
             return None
-        first = called[0]
-        ids, weights = [], []
+        ids: list[torch.Tensor] = []
+        weights: list[torch.Tensor] = []
         for one in called:
-            if one is None or first is None or one[0] is None or first[0] is None or one[0].shape != first[0].shape:
+            if one is None or one[0] is None or (ids and one[0].shape != ids[0].shape):
                 return None
             ids.append(one[0])
             if self.weights:
@@ -343,23 +357,18 @@ class Tap:
             token_ids = token_ids[: len(experts)] if token_ids is not None else None
         if not len(experts):
             return
+        packed = _Packed(experts, weights, token_ids, rows)
         stream = torch.cuda.current_stream(experts.device) if on_device else None
         write: Callable[[], None]
         if stream is None:
-            write = partial(self._write, experts, weights, token_ids, rows, next_step)
+            write = partial(self._write, packed, next_step)
         else:
-            write = partial(self._write_device, experts, weights, token_ids, rows, stream)
+            write = partial(self._write_device, packed, stream)
         if not self._in_turn(write):
-            self.guard(self._leave, experts, weights, token_ids, rows, next_step, stream)
+            self.guard(self._leave, packed, next_step, stream)
 
     def _leave(
-        self,
-        experts: torch.Tensor,
-        weights: torch.Tensor | None,
-        token_ids: torch.Tensor | None,
-        rows: Rows,
-        next_step: tuple[DecodeRun, int] | None,
-        stream: torch.cuda.Stream | None,
+        self, packed: _Packed, next_step: tuple[DecodeRun, int] | None, stream: torch.cuda.Stream | None
     ) -> None:
         """Leave a step to the thread that has the turn; `stream`: the one that it is on, if it is on a device.
 
@@ -367,16 +376,15 @@ class Tap:
         """
         late = None if stream is None else self._late.get(stream.device_index)
         if len(self._jobs) >= MAX_WAITING_STEPS or (stream is not None and late is None):
-            self.lose(len(experts))
+            self.lose(len(packed.experts))
             return
         with relaxed_capture():  # for memory that torch has to ask the device for
-            experts, weights, token_ids = own(experts), own(weights), own(token_ids)
-            rows = Rows(rows.spans, own(rows.positions), None, kv_slots=own(rows.kv_slots))
+            packed = packed.own()
         if stream is None or late is None:
-            self._submit(partial(self._write, experts, weights, token_ids, rows, next_step))
+            self._submit(partial(self._write, packed, next_step))
             return
-        follow(late, stream, (experts, weights, token_ids, rows.positions, rows.kv_slots))
-        self._submit(partial(self._write_device, experts, weights, token_ids, rows, late))
+        follow(late, stream, (*packed[:3], packed.rows.positions, packed.rows.kv_slots))
+        self._submit(partial(self._write_device, packed, late))
 
     def _kept_on(self, kept: Indices, device: torch.device) -> torch.Tensor:
         """The indices there: the same tensor as for the step before as long as a batch goes on."""
@@ -534,14 +542,8 @@ class Tap:
         self._jobs = deque(maxlen=0)  # takes no job
         self._turn = Turn()  # a thread that had the other one is not in this process
 
-    def _write(
-        self,
-        experts: torch.Tensor,
-        weights: torch.Tensor | None,
-        token_ids: torch.Tensor | None,
-        rows: Rows,
-        next_step: tuple[DecodeRun, int] | None,
-    ) -> None:
+    def _write(self, packed: _Packed, next_step: tuple[DecodeRun, int] | None) -> None:
+        experts, weights, token_ids, rows = packed
         positions = rows.positions
         self.set_batch(rows.spans)
         self.writer.publish(
@@ -553,15 +555,9 @@ class Tap:
         )
         self._next = next_step
 
-    def _write_device(
-        self,
-        experts: torch.Tensor,
-        weights: torch.Tensor | None,
-        token_ids: torch.Tensor | None,
-        rows: Rows,
-        stream: torch.cuda.Stream,
-    ) -> None:
+    def _write_device(self, packed: _Packed, stream: torch.cuda.Stream) -> None:
         """Have the GPU publish: the tensors are known to `stream`, so their memory outlives the copies there."""
+        experts, weights, token_ids, rows = packed
         self.set_batch(rows.spans)
         positions, device = rows.positions, experts.get_device()
         self.writer.publish_device(

@@ -185,7 +185,7 @@ class TransformersTap:
     def _hold_on(self, model: Any, routed: RoutedModel) -> None:
         for slot, layer in enumerate(routed.layers):
             self._stand(_ExpertsForward(self._tap, self._local, slot, layer))
-        self._stand(_DecoderForward(self, routed.decoder, self._local))
+        self._stand(_DecoderForward(self, routed.decoder))
         if hasattr(model, "generate"):
             self._generate_arguments = list(inspect.signature(model.generate).parameters)
             self._patch(model, "generate", self._generate)
@@ -478,10 +478,10 @@ class _DecoderForward(StandIn):
     Both break the graph of compiled code, so they are left out of a decoding step that `generate` tells of by itself.
     """
 
-    def __init__(self, capture: TransformersTap, decoder: nn.Module, local: _Local) -> None:
+    def __init__(self, capture: TransformersTap, decoder: nn.Module) -> None:
         super().__init__(decoder, "forward")
         self.capture = capture
-        self.local = local
+        self.local = capture._local
         self.join = capture._tap.join_compiled
         self.starts_uncompiled = uncompiled(capture.forward_starts)
         self.ends_uncompiled = uncompiled(capture.forward_ends)
