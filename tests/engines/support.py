@@ -149,6 +149,18 @@ def in_threads(run: Callable[[Any], None], arguments: Iterable[Any]) -> None:
         list(threads.map(run, arguments))
 
 
+def check_token_ids_wherever_they_lie(attach: Attach, model: Any) -> None:
+    """Of forwards over ids of the type that is published, side by side with others."""
+    capture = attach(model)
+    ids = padded([5, 5])[0].to(model.device, torch.int32)
+    with torch.no_grad():
+        for column in range(5):
+            model(ids[:, column : column + 1], use_cache=False)
+    assert capture.tap.error is None
+    found = [[capture.rows(f"{column}.{row}")["token_ids"].tolist() for column in range(5)] for row in range(2)]
+    assert found == ids[:, :, None].tolist()
+
+
 def check_generated(
     capture: Capture,
     truth: Oracle | Array,

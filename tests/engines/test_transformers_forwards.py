@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import oracle
 from oracle import Oracle
-from support import MISSING, Attach, padded
+from support import MISSING, Attach, check_token_ids_wherever_they_lie, padded
 from tiny_models import PAD, VOCAB
 
 
@@ -155,16 +155,7 @@ def test_every_way_of_calling_the_model_is_seen(
 
 
 def test_token_ids_are_those_of_the_forward_wherever_they_lie(attach: Attach, model: Any) -> None:
-    """Of the type that they are published in already, and side by side with others."""
-    capture = attach(model)
-    ids, _ = padded([5, 5])
-    ids = ids.to(torch.int32)
-    with torch.no_grad():
-        for column in range(5):
-            model(ids[:, column : column + 1], use_cache=False)
-    assert capture.tap.error is None
-    found = [[capture.rows(f"{column}.{row}")["token_ids"].tolist() for column in range(5)] for row in range(2)]
-    assert found == ids[:, :, None].tolist()
+    check_token_ids_wherever_they_lie(attach, model)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, nullcontext])

@@ -1,5 +1,6 @@
 """transformers on CUDA: every sequence has exactly the rows that the experts received for it, published by the GPU."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,7 +18,16 @@ import tiny_models
 from expert_lens.engines import transformers as engine
 from expert_lens.errors import CudaError, UnsupportedModelError
 from oracle import Oracle
-from support import Attach, Capture, check_generated, hooks_of, padded, running, somebody_publishes
+from support import (
+    Attach,
+    Capture,
+    check_generated,
+    check_token_ids_wherever_they_lie,
+    hooks_of,
+    padded,
+    running,
+    somebody_publishes,
+)
 from tiny_models import EOS, FAMILIES
 
 
@@ -197,16 +207,7 @@ def test_plain_forwards_and_a_loop_over_a_cache(attach: Attach) -> None:
 
 
 def test_token_ids_are_those_of_the_forward_wherever_they_lie(attach: Attach) -> None:
-    """Of the type that they are published in already, and side by side with others."""
-    model = tiny_models.qwen3_moe().cuda()
-    capture = attach(model)
-    ids = padded([5, 5])[0].to("cuda", torch.int32)
-    with torch.no_grad():
-        for column in range(5):
-            model(ids[:, column : column + 1], use_cache=False)
-    assert capture.tap.error is None
-    found = [[capture.rows(f"{column}.{row}")["token_ids"].tolist() for column in range(5)] for row in range(2)]
-    assert found == ids[:, :, None].tolist()
+    check_token_ids_wherever_they_lie(attach, tiny_models.qwen3_moe().cuda())
 
 
 def test_assisted_generation_keeps_accepted_tokens_only(attach: Attach) -> None:
@@ -261,43 +262,42 @@ class Doubles(LogitsProcessor):  # type: ignore[misc]
         return self.double(scores).clone()
 
 
-@pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_what_runs_in_graphs_of_the_compiler_behind_a_step_takes_nothing_of_it(attach: Attach, made: Compiled) -> None:
+def check_static_cache(attach: Attach, processors: Callable[[Capture], Any]) -> None:
+    """Three prompts decoded in compiled steps, with these in each: every row is what the experts received."""
     model = tiny_models.qwen3_moe(experts_implementation="batched_mm").cuda()
     model.generation_config.eos_token_id = -1
     capture = attach(model)
     ids, mask = prompts([4, 9, 7])
     options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "cache_implementation": "static"}
     with CompiledOracle(model).watching() as truth:
-        processors = LogitsProcessorList([Doubles()])
-        sequences = model.generate(ids, attention_mask=mask, logits_processor=processors, **options).cpu()
+        options["logits_processor"] = processors(capture)
+        sequences = model.generate(ids, attention_mask=mask, **options).cpu()
         grid = oracle.columns(truth.forwards([3 * 9] + [3] * 19), 3)
-    assert made.replays > 2 * 10
     check_generated(capture, grid, sequences, mask.cpu(), ["0.0", "0.1", "0.2"], lengths=[20] * 3)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_what_runs_in_graphs_of_the_compiler_behind_a_step_takes_nothing_of_it(attach: Attach, made: Compiled) -> None:
+    check_static_cache(attach, lambda _: LogitsProcessorList([Doubles()]))
+    assert made.replays > 2 * 10
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_steps_that_wait_have_what_their_graphs_gave(attach: Attach, made: Compiled) -> None:
     """Though the graph goes on to write into the same memory."""
-    model = tiny_models.qwen3_moe(experts_implementation="batched_mm").cuda()
-    model.generation_config.eos_token_id = -1
-    capture = attach(model)
-    ids, mask = prompts([4, 9, 7])
     with ExitStack() as publishing:
 
-        def publish_meanwhile(input_ids: torch.Tensor) -> None:
-            if input_ids.shape[1] == 9 + 10:
-                publishing.enter_context(somebody_publishes(capture.tap._tap))
-            elif input_ids.shape[1] == 9 + 16:
-                publishing.close()
+        def somebody_else_publishes(capture: Capture) -> Any:
+            def meanwhile(input_ids: torch.Tensor) -> None:
+                if input_ids.shape[1] == 9 + 10:
+                    publishing.enter_context(somebody_publishes(capture.tap._tap))
+                elif input_ids.shape[1] == 9 + 16:
+                    publishing.close()
 
-        options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "cache_implementation": "static"}
-        with CompiledOracle(model).watching() as truth:
-            processors = running(publish_meanwhile)
-            sequences = model.generate(ids, attention_mask=mask, logits_processor=processors, **options).cpu()
-            grid = oracle.columns(truth.forwards([3 * 9] + [3] * 19), 3)
+            return running(meanwhile)
+
+        check_static_cache(attach, somebody_else_publishes)
     assert made.replays > 10
-    check_generated(capture, grid, sequences, mask.cpu(), ["0.0", "0.1", "0.2"], lengths=[20] * 3)
 
 
 def test_a_forward_that_is_captured_switches_the_capture_off_and_says_why(attach: Attach) -> None:
